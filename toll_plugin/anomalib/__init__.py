@@ -1,0 +1,25 @@
+"""Toll for anomalib. Importing this package registers its classes with anomalib by name."""
+
+from importlib import import_module
+
+from toll_plugin.anomalib.callbacks import RestoreBestWeights
+from toll_plugin.anomalib.datamodules import DigitsOneVsRest, OneVsRest
+from toll_plugin.anomalib.lightning_model import Toll
+from toll_plugin.anomalib.post_processor import TollPostProcessor
+from toll_plugin.anomalib.pre_processor import TollPreProcessor
+from toll_plugin.anomalib.torch_model import TollModel
+
+__all__ = [
+    "DigitsOneVsRest",
+    "OneVsRest",
+    "RestoreBestWeights",
+    "Toll",
+    "TollModel",
+    "TollPostProcessor",
+    "TollPreProcessor",
+]
+
+# anomalib's CLI finds subclasses, but its get_model and benchmark look for attributes. Not
+# `import anomalib.models`: this also runs while that import is still under way.
+for _package, _class in (("anomalib.models", Toll), ("anomalib.data", DigitsOneVsRest)):
+    setattr(import_module(_package), _class.__name__, _class)

@@ -1,0 +1,86 @@
+"""Label-free model selection for the weights that every verb of anomalib uses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from toll_plugin.core.training import snapshot
+
+__all__ = ["RestoreBestWeights"]
+
+_TRAINING_STATE = "toll_training_state_dict"
+
+
+class RestoreBestWeights(Callback):
+    """Keep the weights of the validation epoch with the lowest ``monitor``.
+
+    After ``fit`` the model holds them. A checkpoint's ``state_dict`` holds them too, so that
+    test, predict and export of a checkpoint give what was shown after training; the weights of
+    the last step lie beside them, and resuming continues from those.
+
+    Args:
+        monitor: Name of a logged value, lower is better. Where it is never logged (no
+            validation split) the last weights stay.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> engine = Engine(callbacks=[RestoreBestWeights("val_loss")])
+    """
+
+    def __init__(self, monitor: str = "val_loss") -> None:
+        self.monitor = monitor
+        self._best_value = math.inf
+        self._best: dict[str, Tensor] | None = None
+        self._last: dict[str, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled model needs its weights once.
+        return {"monitor": self.monitor, "_best_value": math.inf, "_best": None, "_last": None}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; a checkpoint to resume from is loaded after this."""
+        del trainer, pl_module
+        if stage == TrainerFn.FITTING:
+            self._best_value, self._best, self._last = math.inf, None, None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the epoch's value, before a ModelCheckpoint saves."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        value = float(trainer.callback_metrics.get(self.monitor, math.inf))
+        if value < self._best_value:
+            self._best_value, self._best = value, snapshot(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the best weights into the model."""
+        del trainer
+        if self._best is not None:
+            self._last = snapshot(pl_module)
+            pl_module.load_state_dict(self._best)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the best weights as the checkpoint's, and the last ones beside them."""
+        del trainer, pl_module
+        if self._best is None:
+            return
+        checkpoint[_TRAINING_STATE] = self._last if self._last is not None else checkpoint["state_dict"]
+        checkpoint["state_dict"] = self._best
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Continue from the last weights where fitting resumes; all else keeps the best."""
+        if _TRAINING_STATE in checkpoint and trainer.state.fn == TrainerFn.FITTING:
+            self._best = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+            pl_module.load_state_dict(checkpoint[_TRAINING_STATE])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lowest value so far."""
+        return {"best_value": self._best_value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self._best_value = state_dict["best_value"]

@@ -1,0 +1,342 @@
+"""Toll as an anomalib model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import AUROC, F1Score
+from anomalib.metrics.evaluator import Evaluator
+from anomalib.models.components.base import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from toll_plugin.anomalib.callbacks import RestoreBestWeights
+from toll_plugin.anomalib.post_processor import TollPostProcessor
+from toll_plugin.anomalib.pre_processor import TollPreProcessor
+from toll_plugin.anomalib.torch_model import TollModel
+from toll_plugin.core.checks import check_finite_float, check_image_size, check_integer, check_option
+from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
+from toll_plugin.core.modes import batch_norm_fits, evaluating
+from toll_plugin.core.networks import Autoencoder, ConvAutoencoder
+from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
+from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
+from toll_plugin.core.training import DivergenceGuard
+
+__all__ = ["Toll"]
+
+NetworkName = Literal["conv", "paper28", "paper32"]
+
+_OWN_NETWORK = "toll_own_network"
+
+
+class Toll(AnomalibModule):
+    r"""Targeted collapse regularised autoencoder for images.
+
+    Trains :math:`\frac1N\sum_i \|x_i - \hat x_i\| + \beta\|z_i\|` on normal images and scores
+    with the same sum per image; the anomaly map is the residual alone, see :class:`TollModel`.
+
+    Where the data have a validation split, ``val_loss`` is the loss of its normal images (all
+    images, where it has no labels): no anomaly is used. Training stops by it and the weights of
+    its lowest epoch are the ones that every later step uses, see :class:`RestoreBestWeights`.
+
+    Args:
+        image_size: ``(height, width)`` in pixels the image is resized to, or one integer.
+            Default 256. ``network="conv"`` takes any size from 8; the authors' take theirs.
+        in_channels: 3 (default), or 1 for grey images: the model averages the three channels
+            that anomalib's batches always have.
+        latent_dim: Length of the latent. Default 64.
+        network: ``"conv"`` (default), or the authors' ``"paper28"`` (28x28, one channel) or
+            ``"paper32"`` (32x32, three channels).
+        encoder: A module of your own from ``(N, in_channels, H, W)`` to ``(N, *)``; needs a
+            ``decoder`` and replaces ``network`` and ``latent_dim``. A checkpoint does not store
+            it: pass both to ``load_from_checkpoint`` again.
+        decoder: Its counterpart.
+        beta: Weight of the latent norm, at least 0, in input units per latent unit. Default
+            0.01; see the README on choosing it.
+        exponent: Of both norms, 1 (default, the authors' code) or 2.
+        score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"`` alone.
+        lr: Learning rate of Adam, more than 0. Default 1e-3.
+        scaling: ``"unit"`` (default, pixels in [0, 1]), ``"imagenet"``, or the authors'
+            ``"paper_mnist"``, ``"paper_fashion_mnist"``, ``"paper_cifar"``.
+        scaling_range: ``(minimum, maximum)`` for ``"paper_cifar"``, see
+            :func:`toll_plugin.core.contrast_range`.
+        restore_best_weights: Use the weights of the lowest ``val_loss``. Default true.
+        patience: Epochs without a lower ``val_loss`` before training stops, unless the trainer
+            has an ``EarlyStopping`` of its own. Default 20; ``None`` never stops.
+        max_epochs: Overrides the trainer's, for callers without a trainer section such as
+            ``anomalib benchmark``. Default ``None``.
+        seed: Of the initial weights; the global generator is not used then. Default ``None``.
+        pre_processor: True (default) resizes and scales as above.
+        post_processor: True (default) is :class:`TollPostProcessor`.
+        evaluator: True (default) tests image and pixel AUROC and F1.
+        visualizer: True (default) writes heat maps in test and predict.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If it is out of range, or network, size and channels do not fit together.
+
+    Source:
+        arXiv 2306.12627.
+
+    Example:
+        >>> import torch
+        >>> model = Toll(image_size=28, in_channels=1, beta=1.0, seed=0).eval()
+        >>> model(torch.rand(2, 3, 100, 80)).pred_score.shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = (256, 256),
+        in_channels: int = 3,
+        latent_dim: int = 64,
+        network: NetworkName = "conv",
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        beta: float = 0.01,
+        exponent: int = 1,
+        score_term: ScoreTerm = "total",
+        lr: float = 1e-3,
+        scaling: str = "unit",
+        scaling_range: tuple[float, float] | None = None,
+        restore_best_weights: bool = True,
+        patience: int | None = 20,
+        max_epochs: int | None = None,
+        seed: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        image_size = check_image_size("image_size", image_size)
+        if pre_processor is True:
+            pre_processor = TollPreProcessor(image_size, scaling, scaling_range)
+        # The base class records the constructor's variables as hyperparameters, which must be
+        # plain data to load under weights_only; modules are not.
+        modules = (encoder, decoder)
+        encoder = decoder = None
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        check_option("in_channels", in_channels, (1, 3))
+        check_option("score_term", score_term, get_args(ScoreTerm))
+        for name, value in (("patience", patience), ("max_epochs", max_epochs)):
+            if value is not None:
+                check_integer(name, value, minimum=1)
+        if seed is not None:
+            check_integer("seed", seed, minimum=0)
+        self._own_network = modules != (None, None)
+        self.lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
+        self.patience = patience
+        self.max_epochs = max_epochs
+        self._best_weights = RestoreBestWeights("val_loss") if restore_best_weights else None
+        self.model: TollModel = TollModel(
+            self._network(network, *modules, (in_channels, *image_size), latent_dim, seed),
+            TollLoss(beta, exponent=exponent),
+            score_term,
+        )
+        self.val_loss, self.val_reconstruction, self.val_latent = MeanMetric(), MeanMetric(), MeanMetric()
+        self.findings: list[Finding] = []
+        self._guard: DivergenceGuard | None = None
+
+    @staticmethod
+    def _network(
+        name: NetworkName,
+        encoder: nn.Module | None,
+        decoder: nn.Module | None,
+        input_shape: tuple[int, int, int],
+        latent_dim: int,
+        seed: int | None,
+    ) -> nn.Module:
+        check_option("network", name, get_args(NetworkName))
+        if (encoder is None) != (decoder is None):
+            missing = "decoder" if decoder is None else "encoder"
+            msg = f"encoder and decoder must be given together, {missing} is missing"
+            raise ValueError(msg)
+        if encoder is not None and decoder is not None:
+            return Autoencoder(encoder, decoder, input_shape=input_shape)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            if name == "conv":
+                return ConvAutoencoder(input_shape[1:], input_shape[0], latent_dim)
+            paper = (Paper28Autoencoder if name == "paper28" else Paper32Autoencoder)(latent_dim)
+        if paper.input_shape != input_shape:
+            msg = (
+                f"network={name!r} takes (in_channels, height, width) = {paper.input_shape}, "
+                f"got in_channels={input_shape[0]} and image_size={input_shape[1:]}"
+            )
+            raise ValueError(msg)
+        return paper
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Normal images only."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No sanity check, which would set a threshold from untrained scores; ``max_epochs`` if given."""
+        return {"num_sanity_val_steps": 0} | ({} if self.max_epochs is None else {"max_epochs": self.max_epochs})
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> TollPreProcessor:
+        """The default pre-processor at the default scaling."""
+        return TollPreProcessor(image_size or (256, 256))
+
+    def configure_post_processor(self) -> TollPostProcessor:
+        """The default post-processor."""
+        return TollPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """The default metrics of anomalib, without the sigmoid that ties scores outside [0, 1]."""
+        return Evaluator(
+            test_metrics=[
+                AUROC(fields=["pred_score", "gt_label"], prefix="image_", normalization=None),
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False, normalization=None),
+                F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+            ]
+        )
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Those of anomalib, model selection, and early stopping where the trainer has none."""
+        callbacks = list(super().configure_callbacks())
+        if self._best_weights is not None:
+            callbacks.append(self._best_weights)
+        theirs = [c for c in self.trainer.callbacks if isinstance(c, EarlyStopping)]
+        if self.patience is not None and not theirs:
+            # Not strict: without a validation split there is no val_loss, and nothing to stop by.
+            callbacks.append(EarlyStopping("val_loss", patience=self.patience, strict=False))
+        return callbacks
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, as the authors."""
+        return torch.optim.Adam(self.model.parameters(), lr=self.lr)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+        """Export as anomalib does, at the exporter's own opset.
+
+        anomalib asks for opset 14, to which torch's exporter has to convert down; that fails,
+        prints a traceback, and leaves opset 18 anyway.
+        """
+        kwargs.setdefault("opset_version", 18)
+        path: Path = super().to_onnx(*args, **kwargs)
+        return path
+
+    def on_fit_start(self) -> None:
+        """Start watching for divergence."""
+        super().on_fit_start()
+        self._guard = DivergenceGuard(self.model)
+
+    def on_train_epoch_start(self) -> None:
+        """Remember the weights in case the epoch diverges."""
+        super().on_train_epoch_start()
+        if self._guard is not None:
+            self._guard.keep()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch of normal images.
+
+        Raises:
+            ValueError: If an image is not finite or does not fit the network.
+            DivergenceError: If the loss is not finite; the weights of the epoch's start are
+                put back.
+        """
+        del batch_idx
+        with batch_norm_fits(self.model, len(batch.image)):
+            terms: TollTerms = self.model(batch.image)
+        loss = self.model.loss.score(terms).mean()
+        means = {
+            "train_loss": loss.detach(),
+            "train_reconstruction": terms.reconstruction.detach().mean(),
+            "train_latent": terms.latent.detach().mean(),
+        }
+        if self._guard is not None:
+            values = torch.stack(list(means.values())).tolist()
+            self._guard.check(self.global_step, **dict(zip(means, values, strict=True)))
+        self.log_dict(means, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Predictions of a batch, and the loss of its normal images."""
+        del batch_idx
+        x, reconstruction, terms = self.model.reconstruct(batch.image)
+        normal = _is_normal(batch)
+        if normal.any():
+            self.val_loss.update(self.model.loss.score(terms)[normal])
+            self.val_reconstruction.update(terms.reconstruction[normal])
+            self.val_latent.update(terms.latent[normal])
+        return batch.update(**self.model.predict(x, reconstruction, terms)._asdict())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val_loss`` and its terms, where there was a normal image."""
+        super().on_validation_epoch_end()
+        for name in ("val_loss", "val_reconstruction", "val_latent"):
+            metric: MeanMetric = getattr(self, name)
+            if metric.update_called:
+                self.log(name, metric.compute(), prog_bar=name == "val_loss")
+                metric.reset()
+
+    def on_fit_end(self) -> None:
+        """Look for the method's failure signatures in the weights that were chosen."""
+        super().on_fit_end()
+        self._guard = None
+        if self.trainer.fast_dev_run:
+            return
+        self.findings = self._diagnose()
+        if self.trainer.is_global_zero:
+            warn(self.findings, stacklevel=3)
+
+    def _diagnose(self) -> list[Finding]:
+        monitor = CollapseMonitor()
+        batches = self.trainer.val_dataloaders or []
+        with evaluating(self.model), torch.no_grad():
+            for index, loaded in enumerate(islice(batches, int(min(self.trainer.num_val_batches, default=0)))):
+                batch = self.trainer.strategy.batch_to_device(loaded, self.device)
+                if isinstance(self.pre_processor, PreProcessor):
+                    self.pre_processor.on_validation_batch_start(self.trainer, self, batch, index)
+                x, _, terms = self.model.reconstruct(batch.image)
+                monitor.update(x, terms, ~_is_normal(batch), exponent=self.model.loss.exponent)
+        return monitor.findings()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note whether the network is the user's own, which hyperparameters cannot hold."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_OWN_NETWORK] = self._own_network
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another kind of network.
+
+        Raises:
+            ValueError: If it was trained with an encoder and decoder that were not passed.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint.get(_OWN_NETWORK, False) and not self._own_network:
+            msg = (
+                "the checkpoint was trained with an encoder and a decoder of your own, which it does not store: "
+                "pass encoder and decoder to Toll, or to load_from_checkpoint"
+            )
+            raise ValueError(msg)
+
+
+def _is_normal(batch: Batch) -> Tensor:
+    if batch.gt_label is None:
+        return torch.ones(len(batch.image), dtype=torch.bool, device=batch.image.device)
+    normal: Tensor = batch.gt_label == 0
+    return normal

@@ -1,0 +1,93 @@
+"""Thresholds and normalisation that suit unbounded scores and normal-only validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from anomalib.data import Batch
+from anomalib.metrics import F1AdaptiveThreshold
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import MaxMetric
+from torchmetrics.utilities import dim_zero_cat
+
+__all__ = ["TollPostProcessor"]
+
+
+class _ScoreThreshold(F1AdaptiveThreshold):
+    """anomalib's threshold on the scores themselves, without advice to find anomalies first."""
+
+    def __init__(self, field: str, target: str) -> None:
+        super().__init__(fields=[field, target], strict=False, normalization=None)
+
+    def compute(self) -> Tensor:
+        if not (dim_zero_cat(self.target) == 1).any():
+            self.value: Tensor = dim_zero_cat(self.preds).max()
+            return self.value
+        threshold: Tensor = super().compute()
+        return threshold
+
+
+class TollPostProcessor(PostProcessor):
+    r"""anomalib's post-processor, with three differences.
+
+    - Thresholds are found on the scores themselves. anomalib's squeeze scores outside [0, 1]
+      through a sigmoid first, after which a threshold on a score of 60 is 1. With normal images
+      only, the threshold is the largest of their scores.
+    - Normalisation keeps the ranking: with the threshold :math:`t` and the range :math:`r` of
+      the validation scores, :math:`\frac12(1 + \frac{u}{1 + |u|})`, :math:`u = 2(s - t)/r`. It
+      has anomalib's value and slope at the threshold (0.5), and no ties where anomalib clips
+      to 0 and 1.
+    - Without masks, the pixel threshold is the largest map value of a normal validation image;
+      anomalib would put the image threshold, which has another unit, on the map.
+
+    Example:
+        >>> import torch
+        >>> TollPostProcessor()._normalize(*map(torch.tensor, (9.0, 1.0, 3.0, 3.0)))
+        tensor(0.9286)
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._image_threshold_metric = _ScoreThreshold("pred_score", "gt_label")
+        self._pixel_threshold_metric = _ScoreThreshold("anomaly_map", "gt_mask")
+        self._normal_pixel_max = MaxMetric()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: Any, **kwargs: Any
+    ) -> None:
+        """Collect what thresholds and normalisation are made from."""
+        super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        if outputs.anomaly_map is None:
+            return
+        maps = outputs.anomaly_map.as_subclass(Tensor)
+        if outputs.gt_label is not None:
+            maps = maps[outputs.gt_label == 0]
+        if len(maps):
+            self._normal_pixel_max.update(maps.amax())
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute thresholds and ranges."""
+        has_masks = self._pixel_threshold_metric.update_called
+        super().on_validation_epoch_end(trainer, pl_module)
+        if self.enable_thresholding and not has_masks:
+            self._pixel_threshold.copy_(self._normal_pixel_max.compute())
+        self._normal_pixel_max.reset()
+
+    @staticmethod
+    def _normalize(
+        preds: Tensor | None,
+        norm_min: Tensor,
+        norm_max: Tensor,
+        threshold: Tensor,
+    ) -> Tensor | None:
+        if preds is None:
+            return None
+        threshold = torch.where(threshold.isnan(), (norm_max + norm_min) / 2, threshold)
+        value_range = norm_max - norm_min
+        # One validation image, or a constant score: any unit will do, and 1 is the score's own.
+        distance = 2 * (preds - threshold) / torch.where(value_range > 0, value_range, torch.ones_like(value_range))
+        normalised = 0.5 * (1 + distance / (1 + distance.abs()))
+        return torch.where(norm_min.isnan() | norm_max.isnan(), preds, normalised)

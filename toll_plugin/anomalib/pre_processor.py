@@ -1,0 +1,114 @@
+"""Resizing and scaling that are the same in training, a checkpoint and an export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import Compose, Resize, Transform
+from torchvision.transforms.v2.functional import is_pure_tensor
+
+from toll_plugin.core.checks import check_image_size
+from toll_plugin.core.scaling import ImageScaling
+
+__all__ = ["TollPreProcessor"]
+
+
+class _Scale(Transform):
+    """:class:`ImageScaling` as a torchvision transform: images only, masks pass."""
+
+    _transformed_types = (tv_tensors.Image, is_pure_tensor)
+
+    def __init__(self, scaling: ImageScaling) -> None:
+        super().__init__()
+        self.scaling = scaling
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        del params
+        image = inpt.as_subclass(Tensor)
+        scaled: Tensor = self.scaling(image) if image.ndim == 4 else self.scaling(image[None])[0]
+        return tv_tensors.wrap(scaled, like=inpt) if isinstance(inpt, tv_tensors.Image) else scaled
+
+
+class _ExportableResize(nn.Module):
+    """Bilinear resizing with antialiasing, as two matrix products.
+
+    torchvision's antialiased resize has no counterpart in the exporters, so anomalib drops the
+    antialiasing there and an exported model sees another image than the trained one. This gives
+    torchvision's values from operations that every exporter knows.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    @staticmethod
+    def _weights(n_in: int, n_out: int, like: Tensor) -> Tensor:
+        scale = n_in / n_out
+        support = torch.sym_max(scale, 1.0)  # a plain max would tie an export to the example's size
+        centre = (torch.arange(n_out, device=like.device, dtype=like.dtype) + 0.5) * scale
+        position = torch.arange(n_in, device=like.device, dtype=like.dtype) + 0.5
+        weights = (1 - torch.div((position - centre[:, None]).abs(), support)).relu()
+        return weights / weights.sum(dim=1, keepdim=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if not torch.compiler.is_compiling() and (height, width) == self.size:
+            return images
+        rows = self._weights(height, self.size[0], images)
+        columns = self._weights(width, self.size[1], images)
+        return rows @ images @ columns.T
+
+
+class TollPreProcessor(PreProcessor):
+    """Resize to ``image_size`` and scale, with the same result wherever the model runs.
+
+    Args:
+        image_size: ``(height, width)`` in pixels, or one integer.
+        scaling: Name of an :class:`toll_plugin.core.ImageScaling`.
+        scaling_range: Its ``value_range``.
+
+    Raises:
+        TypeError: If ``image_size`` is no size.
+        ValueError: If the scaling is unknown or its range missing.
+
+    Example:
+        >>> import torch
+        >>> TollPreProcessor(16, "imagenet")(torch.rand(2, 3, 40, 30)).shape
+        torch.Size([2, 3, 16, 16])
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = (256, 256),
+        scaling: str = "unit",
+        scaling_range: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self._configure(image_size, scaling, scaling_range)
+
+    def _configure(
+        self,
+        image_size: int | Sequence[int],
+        scaling: str,
+        scaling_range: Sequence[float] | None,
+    ) -> None:
+        size = check_image_size("image_size", image_size)
+        scale = self._scaling = ImageScaling(scaling, scaling_range)
+        self.image_size = size
+        self.transform = Compose([Resize(list(size), antialias=True), _Scale(scale)])
+        self.export_transform = nn.Sequential(_ExportableResize(size), scale)
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Plain data from which :meth:`load_checkpoint_config` restores this object."""
+        scale = self._scaling
+        value_range = None if scale.value_range is None else list(scale.value_range)
+        return {"image_size": list(self.image_size), "scaling": scale.name, "scaling_range": value_range}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore what :meth:`checkpoint_config` returned."""
+        self._configure(config["image_size"], config["scaling"], config["scaling_range"])

@@ -1,0 +1,157 @@
+"""The method's one formula: per-sample terms, their weighted sum, its mean.
+
+Training minimises the mean of what scoring reports per sample, so both come from
+:func:`toll_score`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from toll_plugin.core.checks import check_finite_float, check_option
+
+__all__ = ["ScoreTerm", "TollLoss", "TollTerms", "toll_score", "toll_terms"]
+
+ScoreTerm = Literal["total", "reconstruction", "latent"]
+
+
+class TollTerms(NamedTuple):
+    """The two unweighted, unreduced terms of a batch of N samples.
+
+    Attributes:
+        reconstruction: Norm of each sample's residual, shape ``(N,)``, in units of the input.
+        latent: Norm of each sample's latent, shape ``(N,)``, in units of the latent.
+    """
+
+    reconstruction: Tensor
+    latent: Tensor
+
+
+def _norm_per_sample(values: Tensor, exponent: int) -> Tensor:
+    values = values.flatten(1)
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()  # a sum of squares over an image overflows half precision
+    if torch.compiler.is_exporting():
+        # The ONNX operator for a norm has no conversion to the opset anomalib asks for; the
+        # gradient of this form is NaN at zero, so it stays out of training.
+        squared = values.square().sum(dim=1)
+        return squared if exponent == 2 else squared.sqrt()
+    norm: Tensor = torch.linalg.vector_norm(values, dim=1)
+    return norm.square() if exponent == 2 else norm
+
+
+def toll_terms(x: Tensor, reconstruction: Tensor, latent: Tensor, *, exponent: int = 1) -> TollTerms:
+    r"""Per-sample terms :math:`\|x_i - \hat x_i\|_2^p` and :math:`\|z_i\|_2^p`.
+
+    Args:
+        x: Inputs, shape ``(N, *)``.
+        reconstruction: What the decoder made of them, the same shape.
+        latent: What the encoder made of them, shape ``(N, *)``; flattened per sample.
+        exponent: ``p``. 1 is the authors' code, 2 the squared norms that the paper's text
+            also writes.
+
+    Returns:
+        Both terms, each of shape ``(N,)``, at least in single precision.
+
+    Raises:
+        ValueError: If the shapes do not belong together or ``exponent`` is neither 1 nor 2.
+
+    Source:
+        arXiv 2306.12627, section 3, and the loss in the authors' code.
+
+    Example:
+        >>> import torch
+        >>> x, x_hat = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
+        >>> toll_terms(x, x_hat, torch.tensor([[0.6, 0.8]]))
+        TollTerms(reconstruction=tensor([5.]), latent=tensor([1.]))
+    """
+    check_option("exponent", exponent, (1, 2))
+    if x.shape != reconstruction.shape:
+        msg = f"reconstruction must have the shape of x, {tuple(x.shape)}, got {tuple(reconstruction.shape)}"
+        raise ValueError(msg)
+    if latent.ndim < 2 or latent.shape[0] != x.shape[0]:
+        msg = f"latent must have shape ({x.shape[0]}, ...), one row per sample of x, got {tuple(latent.shape)}"
+        raise ValueError(msg)
+    return TollTerms(_norm_per_sample(x - reconstruction, exponent), _norm_per_sample(latent, exponent))
+
+
+def toll_score(terms: TollTerms, *, beta: float, term: ScoreTerm = "total") -> Tensor:
+    r"""Anomaly score :math:`s_i = \|x_i - \hat x_i\|^p + \beta\|z_i\|^p`, higher is more anomalous.
+
+    Args:
+        terms: What :func:`toll_terms` returned.
+        beta: Weight of the latent term, in units of the input per unit of the latent.
+        term: ``"total"``, or one term alone and unweighted (the ablation of the score).
+
+    Returns:
+        Scores of shape ``(N,)``. The training loss is the mean of the ``"total"``.
+
+    Raises:
+        ValueError: If ``beta`` is negative or not finite, or ``term`` is unknown.
+
+    Source:
+        arXiv 2306.12627, section 3 (anomaly score).
+
+    Example:
+        >>> import torch
+        >>> terms = TollTerms(torch.tensor([5.0]), torch.tensor([1.0]))
+        >>> toll_score(terms, beta=10.0)
+        tensor([15.])
+        >>> toll_score(terms, beta=10.0, term="latent")
+        tensor([1.])
+    """
+    check_option("term", term, get_args(ScoreTerm))
+    beta = check_finite_float("beta", beta, minimum=0)
+    if term == "reconstruction":
+        return terms.reconstruction
+    if term == "latent":
+        return terms.latent
+    return terms.reconstruction + beta * terms.latent
+
+
+class TollLoss(nn.Module):
+    r"""Loss :math:`\frac1N\sum_i \|x_i - \hat x_i\|^p + \beta\|z_i\|^p`.
+
+    Args:
+        beta: Weight of the latent term, at least 0. It is tied to the scale of the data; the
+            authors use 10 to 1000 with unnormalised norms (section 4, per data set). Default 1.
+        exponent: ``p``, 1 (default, the authors' code) or 2.
+
+    Shape:
+        ``x`` and ``reconstruction`` ``(N, *)``, ``latent`` ``(N, *)``; a scalar comes out.
+
+    Raises:
+        TypeError: If ``beta`` is no number.
+        ValueError: If ``beta`` is negative or not finite, or ``exponent`` is neither 1 nor 2.
+
+    Example:
+        >>> import torch
+        >>> x, x_hat, z = torch.ones(2, 4), torch.zeros(2, 4), torch.ones(2, 1)
+        >>> TollLoss(beta=10.0)(x, x_hat, z)
+        tensor(12.)
+    """
+
+    def __init__(self, beta: float = 1.0, *, exponent: int = 1) -> None:
+        super().__init__()
+        check_option("exponent", exponent, (1, 2))
+        self.beta = check_finite_float("beta", beta, minimum=0)
+        self.exponent = exponent
+
+    def terms(self, x: Tensor, reconstruction: Tensor, latent: Tensor) -> TollTerms:
+        """Unweighted per-sample terms, see :func:`toll_terms`."""
+        return toll_terms(x, reconstruction, latent, exponent=self.exponent)
+
+    def score(self, terms: TollTerms, term: ScoreTerm = "total") -> Tensor:
+        """Per-sample anomaly score, see :func:`toll_score`."""
+        return toll_score(terms, beta=self.beta, term=term)
+
+    def forward(self, x: Tensor, reconstruction: Tensor, latent: Tensor) -> Tensor:
+        """Mean score of the batch."""
+        return self.score(self.terms(x, reconstruction, latent)).mean()
+
+    def extra_repr(self) -> str:
+        """Arguments as the constructor takes them."""
+        return f"beta={self.beta:g}, exponent={self.exponent}"

@@ -1,0 +1,120 @@
+"""How pixels in [0, 1] are scaled before the network sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from toll_plugin.core.checks import check_finite_float, check_option
+
+__all__ = ["SCALINGS", "ImageScaling", "contrast_normalise", "contrast_range"]
+
+#: Mean and standard deviation per scaling, of one grey or three colour channels.
+_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "paper_mnist": ((0.1307,), (0.3081,)),
+    "paper_fashion_mnist": ((0.2860,), (0.3530,)),
+}
+
+SCALINGS = ("unit", *_STATISTICS, "paper_cifar")
+
+
+def contrast_normalise(images: Tensor) -> Tensor:
+    """Subtract each image's mean and divide by its mean absolute value.
+
+    Args:
+        images: Shape ``(N, C, H, W)``, any unit: the result does not depend on it.
+
+    Returns:
+        The same shape, with mean 0 and mean absolute value 1 per image; a constant image
+        becomes zeros.
+
+    Source:
+        Global contrast normalisation with the L1 norm, as the authors prepare the CIFARs.
+
+    Example:
+        >>> import torch
+        >>> contrast_normalise(torch.tensor([[[[0.0, 2.0]]]]))
+        tensor([[[[-1.,  1.]]]])
+    """
+    centred = images - images.mean(dim=(1, 2, 3), keepdim=True)
+    spread = centred.abs().mean(dim=(1, 2, 3), keepdim=True)
+    return centred / torch.where(spread > 1e-6 * images.abs().amax(dim=(1, 2, 3), keepdim=True), spread, torch.inf)
+
+
+def contrast_range(images: Tensor) -> tuple[float, float]:
+    """Smallest and largest contrast-normalised pixel, the ``scaling_range`` of ``"paper_cifar"``.
+
+    Args:
+        images: The normal class's training images, shape ``(N, C, H, W)``.
+
+    Example:
+        >>> import torch
+        >>> contrast_range(torch.tensor([[[[0.0, 2.0]]]]))
+        (-1.0, 1.0)
+    """
+    scaled = contrast_normalise(images)
+    return float(scaled.min()), float(scaled.max())
+
+
+class ImageScaling(nn.Module):
+    r"""Scale images in [0, 1].
+
+    Args:
+        name: ``"unit"`` leaves them; ``"imagenet"``, ``"paper_mnist"`` and
+            ``"paper_fashion_mnist"`` subtract a mean and divide by a standard deviation;
+            ``"paper_cifar"`` is :func:`contrast_normalise` followed by
+            :math:`(x - a) / (b - a)`.
+        value_range: ``(a, b)`` of ``"paper_cifar"``: :func:`contrast_range` of the normal
+            class's training images.
+
+    Shape:
+        ``(N, C, H, W)`` to the same.
+
+    Raises:
+        ValueError: If the name is unknown, or ``value_range`` is missing, misplaced or empty.
+
+    Example:
+        >>> import torch
+        >>> ImageScaling("paper_mnist")(torch.full((1, 1, 1, 1), 0.1307))
+        tensor([[[[0.]]]])
+    """
+
+    def __init__(self, name: str = "unit", value_range: Sequence[float] | None = None) -> None:
+        super().__init__()
+        check_option("scaling", name, SCALINGS)
+        if (value_range is not None) != (name == "paper_cifar"):
+            msg = (
+                f"scaling_range must be given with scaling='paper_cifar' and only then, "
+                f"got scaling={name!r} and scaling_range={value_range!r}"
+            )
+            raise ValueError(msg)
+        if value_range is not None:
+            if len(value_range) != 2:
+                msg = f"scaling_range must be a pair (minimum, maximum), got {value_range!r}"
+                raise ValueError(msg)
+            low = check_finite_float("scaling_range[0]", value_range[0])
+            check_finite_float("scaling_range[1]", value_range[1], minimum=low, exclusive=True)
+        self.name = name
+        self.value_range = None if value_range is None else (float(value_range[0]), float(value_range[1]))
+        mean, deviation = _STATISTICS.get(name, ((0.0,), (1.0,)))
+        # Constants of the name, so not state: a checkpoint stores the name.
+        self.register_buffer("_mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("_deviation", torch.tensor(deviation).reshape(1, -1, 1, 1), persistent=False)
+        self._mean: Tensor
+        self._deviation: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scale a batch."""
+        if self.value_range is not None:
+            low, high = self.value_range
+            return (contrast_normalise(images) - low) / (high - low)
+        if self.name == "unit":
+            return images
+        return (images - self._mean) / self._deviation
+
+    def extra_repr(self) -> str:
+        """Arguments as the constructor takes them."""
+        return f"{self.name!r}" + ("" if self.value_range is None else f", {self.value_range}")
