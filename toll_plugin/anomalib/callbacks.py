@@ -65,11 +65,19 @@ class RestoreBestWeights(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the best weights as the checkpoint's, and the last ones beside them."""
-        del trainer, pl_module
         if self._best is None:
             return
         checkpoint[_TRAINING_STATE] = self._last if self._last is not None else checkpoint["state_dict"]
         checkpoint["state_dict"] = self._best
+        # anomalib's components are modules and callbacks at once, and stored as both.
+        keys = {id(callback): callback.state_key for callback in trainer.callbacks}
+        for name, module in pl_module.named_children():
+            key = keys.get(id(module))
+            if key in checkpoint.get("callbacks", {}):
+                prefix = f"{name}."
+                checkpoint["callbacks"][key] = {
+                    k.removeprefix(prefix): v for k, v in self._best.items() if k.startswith(prefix)
+                }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Continue from the last weights where fitting resumes; all else keeps the best."""

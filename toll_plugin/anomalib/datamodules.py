@@ -71,10 +71,12 @@ class TensorImageDataset(AnomalibDataset):
                 "label": np.where(self._anomalous, "anomalous", "normal"),
                 "label_index": self._anomalous.long().numpy(),
                 "mask_path": "",
-                "position": np.arange(len(images)),
             }
         )
         self._samples.attrs["task"] = TaskType.CLASSIFICATION
+        # What a batch needs, beside the table: a row of it costs more than an image.
+        self._position = torch.arange(len(images))
+        self._paths = np.array(paths, dtype=object)
 
     def subsample(self, indices: Sequence[int], inplace: bool = False) -> TensorImageDataset:
         """The data set of some of the samples; the images are shared, not copied."""
@@ -84,6 +86,8 @@ class TensorImageDataset(AnomalibDataset):
         chosen = self if inplace else copy.copy(self)
         chosen._samples = self.samples.iloc[list(indices)].reset_index(drop=True)
         chosen._samples.attrs.update(self.samples.attrs)
+        chosen._position = self._position[list(indices)]
+        chosen._paths = self._paths[list(indices)]
         return chosen
 
     def __getitem__(self, index: int) -> ImageItem:
@@ -92,8 +96,7 @@ class TensorImageDataset(AnomalibDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
         """A whole batch at once, which the data loader asks for where it can."""
-        rows = self.samples.iloc[list(indices)]
-        position = torch.from_numpy(rows["position"].to_numpy(copy=True))
+        position = self._position[list(indices)]
         images = self._images[position]
         if images.dtype == torch.uint8:
             images = images.float() / 255
@@ -107,7 +110,7 @@ class TensorImageDataset(AnomalibDataset):
         return ImageBatch(
             image=images,
             gt_label=self._anomalous[position],
-            image_path=rows["image_path"].tolist(),
+            image_path=self._paths[list(indices)].tolist(),
         )
 
     @property

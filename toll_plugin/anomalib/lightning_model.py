@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import AUROC, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.models.components.base import AnomalibModule
@@ -38,6 +38,7 @@ __all__ = ["Toll"]
 NetworkName = Literal["conv", "paper28", "paper32"]
 
 _OWN_NETWORK = "toll_own_network"
+_TRAIN_LOGS = ("train_loss", "train_reconstruction", "train_latent")
 
 
 class Toll(AnomalibModule):
@@ -55,7 +56,7 @@ class Toll(AnomalibModule):
             Default 256. ``network="conv"`` takes any size from 8; the authors' take theirs.
         in_channels: 3 (default), or 1 for grey images: the model averages the three channels
             that anomalib's batches always have.
-        latent_dim: Length of the latent. Default 64.
+        latent_dim: Length of the latent. Default 32.
         network: ``"conv"`` (default), or the authors' ``"paper28"`` (28x28, one channel) or
             ``"paper32"`` (32x32, three channels).
         encoder: A module of your own from ``(N, in_channels, H, W)`` to ``(N, *)``; needs a
@@ -100,7 +101,7 @@ class Toll(AnomalibModule):
         self,
         image_size: int | tuple[int, int] = (256, 256),
         in_channels: int = 3,
-        latent_dim: int = 64,
+        latent_dim: int = 32,
         network: NetworkName = "conv",
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
@@ -152,6 +153,7 @@ class Toll(AnomalibModule):
         self.val_loss, self.val_reconstruction, self.val_latent = MeanMetric(), MeanMetric(), MeanMetric()
         self.findings: list[Finding] = []
         self._guard: DivergenceGuard | None = None
+        self._train_sums, self._train_count = torch.zeros(3, dtype=torch.float64), 0
 
     @staticmethod
     def _network(
@@ -247,6 +249,7 @@ class Toll(AnomalibModule):
     def on_train_epoch_start(self) -> None:
         """Remember the weights in case the epoch diverges."""
         super().on_train_epoch_start()
+        self._train_sums, self._train_count = torch.zeros(3, dtype=torch.float64), 0
         if self._guard is not None:
             self._guard.keep()
 
@@ -260,29 +263,41 @@ class Toll(AnomalibModule):
         """
         del batch_idx
         with batch_norm_fits(self.model, len(batch.image)):
-            terms: TollTerms = self.model(batch.image)
+            terms: TollTerms = self.model(batch.image, batch.image_path)
         loss = self.model.loss.score(terms).mean()
-        means = {
-            "train_loss": loss.detach(),
-            "train_reconstruction": terms.reconstruction.detach().mean(),
-            "train_latent": terms.latent.detach().mean(),
-        }
+        means = torch.stack([loss, terms.reconstruction.mean(), terms.latent.mean()]).detach().double().cpu()
         if self._guard is not None:
-            values = torch.stack(list(means.values())).tolist()
-            self._guard.check(self.global_step, **dict(zip(means, values, strict=True)))
-        self.log_dict(means, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+            self._guard.check(self.global_step, **dict(zip(_TRAIN_LOGS, means.tolist(), strict=True)))
+        self._train_sums += means * len(batch.image)
+        self._train_count += len(batch.image)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means; Lightning's logging at each step costs more than a small network's step."""
+        super().on_train_epoch_end()
+        means = (self._train_sums / self._train_count).float()
+        self.log_dict(dict(zip(_TRAIN_LOGS, means, strict=True)), prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Predictions of a batch, and the loss of its normal images."""
         del batch_idx
-        x, reconstruction, terms = self.model.reconstruct(batch.image)
+        x, reconstruction, terms = self.model.reconstruct(batch.image, batch.image_path)
         normal = _is_normal(batch)
         if normal.any():
             self.val_loss.update(self.model.loss.score(terms)[normal])
             self.val_reconstruction.update(terms.reconstruction[normal])
             self.val_latent.update(terms.latent[normal])
         return batch.update(**self.model.predict(x, reconstruction, terms)._asdict())
+
+    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
+        """Predictions of a batch."""
+        del args, kwargs
+        predictions: InferenceBatch = self.model(batch.image, batch.image_path)
+        return batch.update(**predictions._asdict())
+
+    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
+        """Predictions of a batch."""
+        return self.test_step(batch, *args, **kwargs)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss`` and its terms, where there was a normal image."""
@@ -301,7 +316,7 @@ class Toll(AnomalibModule):
             return
         self.findings = self._diagnose()
         if self.trainer.is_global_zero:
-            warn(self.findings, stacklevel=3)
+            warn(self.findings)
 
     def _diagnose(self) -> list[Finding]:
         monitor = CollapseMonitor()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
@@ -47,14 +49,14 @@ class TollModel(nn.Module):
         self.loss = loss
         self.score_term = score_term
 
-    def forward(self, images: Tensor) -> TollTerms | InferenceBatch:
-        """Terms in training mode, predictions in evaluation mode."""
-        x, reconstruction, terms = self.reconstruct(images)
+    def forward(self, images: Tensor, names: Sequence[str] | None = None) -> TollTerms | InferenceBatch:
+        """Terms in training mode, predictions in evaluation mode; ``names`` are for error messages."""
+        x, reconstruction, terms = self.reconstruct(images, names)
         return terms if self.training else self.predict(x, reconstruction, terms)
 
-    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, TollTerms]:
+    def reconstruct(self, images: Tensor, names: Sequence[str] | None = None) -> tuple[Tensor, Tensor, TollTerms]:
         """What the network was shown, what it made of it, and the terms of both."""
-        x = self.as_input(images)
+        x = self._as_input(images, names)
         reconstruction, latent = self.network(x)
         return x, reconstruction, self.loss.terms(x, reconstruction, latent)
 
@@ -63,8 +65,7 @@ class TollModel(nn.Module):
         residual = (x - reconstruction).square().sum(dim=1, keepdim=True).sqrt()
         return InferenceBatch(pred_score=self.loss.score(terms, self.score_term), anomaly_map=residual)
 
-    def as_input(self, images: Tensor) -> Tensor:
-        """Images as the network takes them."""
+    def _as_input(self, images: Tensor, names: Sequence[str] | None) -> Tensor:
         # tv_tensors dispatch every operation through Python; the network needs a plain tensor.
         x = images.as_subclass(Tensor) if isinstance(images, TVTensor) else images
         shape = getattr(self.network, "input_shape", None)
@@ -74,6 +75,7 @@ class TollModel(nn.Module):
             check_input(self.network, x)
             if not bool(x.isfinite().all()):
                 bad = [i for i, sample in enumerate(x) if not bool(sample.isfinite().all())]
-                msg = f"images must be finite, got NaN or infinite pixels in sample(s) {bad} of the batch"
+                which = f"sample(s) {bad} of the batch" if names is None else ", ".join(names[i] for i in bad)
+                msg = f"images must be finite, got NaN or infinite pixels in: {which}"
                 raise ValueError(msg)
         return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 
 __all__ = ["check_finite_float", "check_image_size", "check_integer", "check_option"]
@@ -77,7 +77,7 @@ def check_image_size(name: str, value: object) -> tuple[int, int]:
     """
     if isinstance(value, Integral):
         value = (value, value)
-    if not isinstance(value, tuple | list) or len(value) != 2:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         msg = f"{name} must be an integer or a pair (height, width), got {value!r}"
         raise TypeError(msg)
     height, width = (check_integer(f"{name}[{i}]", side, minimum=1) for i, side in enumerate(value))

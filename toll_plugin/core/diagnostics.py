@@ -156,7 +156,7 @@ def _auroc(normal: Tensor, anomalous: Tensor) -> float:
     return float(below.double().mean()) / (2 * len(normal))
 
 
-def warn(findings: list[Finding], *, stacklevel: int = 2) -> None:
-    """Issue one :class:`TollWarning` per finding."""
+def warn(findings: list[Finding]) -> None:
+    """Issue one :class:`TollWarning` per finding, from the caller's line."""
     for finding in findings:
-        warnings.warn(finding.message, TollWarning, stacklevel=stacklevel + 1)
+        warnings.warn(finding.message, TollWarning, stacklevel=2)

@@ -80,13 +80,14 @@ class ConvAutoencoder(Autoencoder):
 
     Stride-2 convolutions (4x4, BatchNorm, LeakyReLU 0.2) halve the image until its shorter
     side would fall below 4, so the depth is :math:`\lfloor\log_2(\min(H, W) / 4)\rfloor`;
-    channels double from ``width`` up to ``max_width``. A linear layer makes the latent, and
-    mirrored transposed convolutions restore the exact size.
+    channels double from ``width`` up to ``max_width``. Images below 16 pixels, which are halved
+    once, get a 3x3 convolution at full resolution before it. A linear layer makes the latent,
+    and mirrored transposed convolutions restore the exact size.
 
     Args:
         image_size: ``(height, width)`` in pixels, or one integer; each at least 8.
         in_channels: Image channels. Default 1.
-        latent_dim: Length of the latent. Default 64.
+        latent_dim: Length of the latent. Default 32.
         width: Channels of the first stage. Default 32.
         max_width: Cap on the doubling. Default 256.
 
@@ -110,7 +111,7 @@ class ConvAutoencoder(Autoencoder):
         self,
         image_size: int | tuple[int, int],
         in_channels: int = 1,
-        latent_dim: int = 64,
+        latent_dim: int = 32,
         width: int = 32,
         max_width: int = 256,
     ) -> None:
@@ -130,29 +131,26 @@ class ConvAutoencoder(Autoencoder):
 
         encoder: list[nn.Module] = []
         decoder: list[nn.Module] = []
-        for stage, (outer, inner) in enumerate(pairwise(channels)):
-            encoder += [
-                nn.Conv2d(outer, inner, 4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(inner),
-                nn.LeakyReLU(0.2),
-            ]
+        if len(sizes) == 2:
+            channels[0] = width
+            encoder = [nn.Conv2d(in_channels, width, 3, padding=1, bias=False), *_activation(width)]
+            decoder = [*_activation(width), nn.Conv2d(width, in_channels, 3, padding=1)]
+        for (outer, inner), size in zip(pairwise(channels), sizes, strict=False):
+            encoder += [nn.Conv2d(outer, inner, 4, stride=2, padding=1, bias=False), *_activation(inner)]
             # Stride 2 drops the last row or column of an odd size; output_padding restores it.
-            odd = (sizes[stage][0] % 2, sizes[stage][1] % 2)
-            restore = nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, output_padding=odd, bias=stage == 0)
-            normalise = [nn.BatchNorm2d(outer), nn.LeakyReLU(0.2)] if stage else []
-            decoder = [restore, *normalise, *decoder]
+            odd = (size[0] % 2, size[1] % 2)
+            restore = nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, output_padding=odd, bias=not decoder)
+            decoder = [*_activation(inner), restore, *decoder]
         grid = (channels[-1], *sizes[-1])
         flat = grid[0] * grid[1] * grid[2]
         encoder += [nn.Flatten(), nn.Linear(flat, latent_dim)]
-        decoder = [
-            nn.Linear(latent_dim, flat, bias=False),
-            nn.Unflatten(1, grid),
-            nn.BatchNorm2d(grid[0]),
-            nn.LeakyReLU(0.2),
-            *decoder,
-        ]
+        decoder = [nn.Linear(latent_dim, flat, bias=False), nn.Unflatten(1, grid), *decoder]
         super().__init__(nn.Sequential(*encoder), nn.Sequential(*decoder))
         self.input_shape = (in_channels, height, breadth)
+
+
+def _activation(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels), nn.LeakyReLU(0.2)]
 
 
 class DenseAutoencoder(Autoencoder):

@@ -1,0 +1,42 @@
+"""What a result carries, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("toll-plugin", "anomalib", "lightning", "torch", "torchvision", "pyod", "scikit-learn", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and commit."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        ).stdout.strip()  # noqa: S603
+
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON; an interrupted run leaves the earlier file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)

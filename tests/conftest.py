@@ -1,0 +1,56 @@
+"""Fixtures: a tiny inspection data set in MVTec's layout, and quiet engines."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  the hosts draw from the global generator
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path, monkeypatch):
+    """Hosts write results into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def draw(path: Path, rng: np.random.Generator, *, bad: bool, size: tuple[int, int] = (40, 48)) -> None:
+    """A smooth texture, with a bright spot where it is bad; its mask lies beside it."""
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
+    image = 90 + 40 * np.sin(columns / 6 + rng.uniform(0, 0.5)) + rng.normal(0, 4, size)
+    mask = np.zeros(size, dtype=np.uint8)
+    if bad:
+        top, left = rng.integers(5, height - 15), rng.integers(5, width - 15)
+        mask[top : top + 8, left : left + 8] = 255
+        image[mask > 0] = 250
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rgb = np.repeat(image.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    Image.fromarray(rgb).save(path)
+    if bad:
+        mask_path = path.parents[2] / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+        mask_path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(mask_path)
+
+
+@pytest.fixture(scope="session")
+def mvtec_root(tmp_path_factory) -> Path:
+    """``root/part`` in MVTec AD's layout: 12 good training images, 4 good and 4 bad tests."""
+    root = tmp_path_factory.mktemp("mvtec")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        draw(root / f"part/train/good/{i:03d}.png", rng, bad=False)
+    for i in range(4):
+        draw(root / f"part/test/good/{i:03d}.png", rng, bad=False)
+        draw(root / f"part/test/spot/{i:03d}.png", rng, bad=True)
+    return root

@@ -1,0 +1,452 @@
+"""Toll in anomalib: the contract, and what is its own."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder, ImageBatch
+from anomalib.models import get_model
+from contracts import AnomalibModelContract, checkpoint_of, engine
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+
+from toll_plugin.anomalib import DigitsOneVsRest, Toll, TollPostProcessor, TollPreProcessor
+from toll_plugin.core import DivergenceError, TollWarning
+
+
+class TestContract(AnomalibModelContract):
+    name = "Toll"
+    arguments = {"image_size": (24, 32), "latent_dim": 8, "beta": 0.1}  # noqa: RUF012
+
+
+class TestContractPaperNetwork(AnomalibModelContract):
+    """The same with the authors' network for grey images and the authors' scaling."""
+
+    name = "Toll"
+    arguments = {  # noqa: RUF012
+        "image_size": (28, 28),
+        "in_channels": 1,
+        "network": "paper28",
+        "latent_dim": 8,
+        "beta": 1000.0,
+        "scaling": "paper_mnist",
+    }
+
+
+def _digits(**arguments):
+    return DigitsOneVsRest(**{"normal_class": 8, "eval_batch_size": 2000} | arguments)
+
+
+def _toll(**arguments):
+    return Toll(**{"image_size": 8, "in_channels": 1, "seed": 0, "visualizer": False} | arguments)
+
+
+def _fit(model, root, data=None, **arguments):
+    runner = engine(root, **{"max_epochs": 2} | arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TollWarning)
+        runner.fit(model, datamodule=data or _digits())
+    return runner
+
+
+# --- scores and maps
+
+
+def test_score_and_map_by_hand():
+    class Zero(nn.Module):
+        def forward(self, z):
+            return torch.zeros(len(z), 3, 8, 8)
+
+    model = Toll(image_size=8, encoder=nn.Flatten(), decoder=Zero(), beta=2.0, post_processor=False).eval()
+    images = torch.rand(4, 3, 8, 8)
+    batch = model(images)
+    norm = images.flatten(1).pow(2).sum(1).sqrt()
+    # The decoder gives zeros and the latent is the image: both terms are its norm.
+    torch.testing.assert_close(batch.pred_score, 3 * norm)
+    torch.testing.assert_close(batch.anomaly_map, images.pow(2).sum(1, keepdim=True).sqrt())
+    torch.testing.assert_close(batch.anomaly_map.flatten(1).norm(dim=1), norm)
+
+
+@pytest.mark.parametrize(("term", "factor"), [("total", 3.0), ("reconstruction", 1.0), ("latent", 1.0)])
+def test_score_terms(term, factor):
+    class Zero(nn.Module):
+        def forward(self, z):
+            return torch.zeros(len(z), 3, 8, 8)
+
+    model = Toll(
+        image_size=8, encoder=nn.Flatten(), decoder=Zero(), beta=2.0, score_term=term, post_processor=False
+    ).eval()
+    images = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(model(images).pred_score, factor * images.flatten(1).norm(dim=1))
+
+
+def test_grey_network_averages_the_channels():
+    model = Toll(image_size=16, in_channels=1, post_processor=False).eval()
+    images = torch.rand(2, 3, 16, 16)
+    grey = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(model(images).pred_score, model(grey).pred_score)
+
+
+# --- pre-processing
+
+
+@pytest.mark.parametrize("size", [(28, 28), (32, 32), (64, 64), (256, 256), (48, 80)])
+@pytest.mark.parametrize("source", [(100, 90), (20, 300), (48, 80)])
+def test_exported_resize_is_the_engines(size, source):
+    pre_processor = TollPreProcessor(size, "imagenet")
+    images = torch.rand(2, 3, *source)
+    torch.testing.assert_close(pre_processor(images), pre_processor.transform(images), rtol=1e-4, atol=1e-5)
+
+
+def test_masks_are_resized_and_not_scaled():
+    from torchvision.tv_tensors import Image, Mask
+
+    pre_processor = TollPreProcessor(16, "paper_mnist")
+    mask = Mask(torch.ones(1, 40, 40, dtype=torch.bool))
+    image, resized = pre_processor.transform(Image(torch.ones(1, 3, 40, 40)), mask)
+    assert resized.shape[-2:] == (16, 16)
+    assert resized.all()
+    torch.testing.assert_close(image.as_subclass(torch.Tensor), torch.full((1, 3, 16, 16), (1 - 0.1307) / 0.3081))
+
+
+def test_pre_processor_survives_its_configuration():
+    original = TollPreProcessor((20, 30), "paper_cifar", (-2.0, 3.0))
+    restored = TollPreProcessor()
+    restored.load_checkpoint_config(original.checkpoint_config())
+    images = torch.rand(2, 3, 50, 50)
+    torch.testing.assert_close(restored(images), original(images))
+    torch.testing.assert_close(restored.transform(images), original.transform(images))
+
+
+# --- post-processing
+
+
+def _validated(scores, maps, labels=None, masks=None):
+    post_processor = TollPostProcessor()
+    n = len(scores)
+    post_processor.on_validation_batch_end(
+        None,
+        None,
+        ImageBatch(image=torch.zeros(n, 3, 2, 2), pred_score=scores, anomaly_map=maps, gt_label=labels, gt_mask=masks),
+    )
+    post_processor.on_validation_epoch_end(None, None)
+    return post_processor
+
+
+def test_thresholds_are_on_the_scores_own_scale():
+    scores = torch.tensor([60.0, 62.0, 65.0])
+    maps = torch.tensor([1.0, 2.0, 3.0])[:, None, None, None].expand(-1, 1, 2, 2)
+    normals = _validated(scores, maps, torch.zeros(3, dtype=torch.int64))
+    assert normals.image_threshold == 65
+    assert normals.pixel_threshold == 3
+    mixed = _validated(scores, maps, torch.tensor([0, 0, 1]))
+    assert mixed.image_threshold == 65  # the lowest score that keeps every anomaly and no normal
+    assert mixed.pixel_threshold == 2  # normal images only
+
+
+@pytest.mark.parametrize("far", [1e3, 1e5])
+def test_normalisation_keeps_the_ranking_and_the_hosts_meaning(far):
+    post_processor = _validated(
+        torch.tensor([60.0, 62.0, 65.0]), torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    )
+    scores = torch.cat([torch.linspace(0, 200, 500), torch.linspace(201, far, 100)])
+    normalised = post_processor._normalize(
+        scores, post_processor.image_min, post_processor.image_max, torch.tensor(65.0)
+    )
+    assert (normalised.diff() > 0).all()
+    assert normalised.min() > 0
+    assert normalised.max() < 1
+    assert ((normalised > 0.5) == (scores > 65)).all()
+
+
+def test_one_constant_validation_score_does_not_divide_by_zero():
+    post_processor = _validated(torch.tensor([5.0]), torch.ones(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64))
+    normalised = post_processor._normalize(torch.tensor([4.0, 5.0, 6.0]), *[torch.tensor(5.0)] * 3)
+    assert normalised.isfinite().all()
+    assert normalised[1] == 0.5
+
+
+# --- training
+
+
+def test_logged_terms_add_up(tmp_path):
+    model = _toll(beta=0.5)
+    logged = _fit(model, tmp_path).trainer.callback_metrics
+    for split in ("train", "val"):
+        total = logged[f"{split}_reconstruction"] + 0.5 * logged[f"{split}_latent"]
+        assert float(logged[f"{split}_loss"]) == pytest.approx(float(total), rel=1e-5)
+
+
+def test_val_loss_is_that_of_the_normal_images(tmp_path):
+    model, data = _toll(beta=0.5, restore_best_weights=False), _digits(val_anomalies=True)
+    logged = _fit(model, tmp_path, data).trainer.callback_metrics
+    normals = [item.image for item in data.val_data if not item.gt_label]
+    x = torch.stack(normals).as_subclass(torch.Tensor)[:, :1]
+    model.eval()
+    with torch.no_grad():
+        reconstruction, latent = model.model.network(x)
+    expected = ((x - reconstruction).flatten(1).norm(dim=1) + 0.5 * latent.norm(dim=1)).mean()
+    assert float(logged["val_loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_training_equals_a_plain_torch_loop(tmp_path):
+    model, twin, data = _toll(beta=0.5, lr=0.01), _toll(beta=0.5, lr=0.01).model.network, _digits()
+    _fit(model, tmp_path, data, max_epochs=1)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
+    twin.train()
+    for batch in data.train_dataloader():
+        x = batch.image.as_subclass(torch.Tensor)[:, :1]
+        x_hat, z = twin(x)
+        optimizer.zero_grad()
+        ((x - x_hat).flatten(1).norm(dim=1) + 0.5 * z.norm(dim=1)).mean().backward()
+        optimizer.step()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.model.network.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_weights_of_the_lowest_val_loss_are_used_everywhere(tmp_path):
+    # A high learning rate makes val_loss jump, so that the last epoch is not the best.
+    model, data = _toll(lr=0.3), _digits()
+    losses = []
+    model.on_validation_end = lambda: losses.append(float(model.trainer.callback_metrics["val_loss"]))
+    runner = _fit(model, tmp_path, data, max_epochs=12, callbacks=None)
+    assert losses[-1] > min(losses)
+    assert runner.validate(datamodule=data, verbose=False)[0]["val_loss"] == pytest.approx(min(losses), rel=1e-5)
+    shown = runner.test(model, datamodule=data, verbose=False)[0]
+    path = checkpoint_of(tmp_path, "Toll", "DigitsOneVsRest", "8")
+    again = engine(tmp_path / "again").test(_toll(), datamodule=_digits(), ckpt_path=path, verbose=False)[0]
+    assert again == pytest.approx(shown, abs=1e-6)
+
+
+def test_resume_continues_from_the_last_weights_and_remembers_the_best(tmp_path):
+    straight, first, resumed = _toll(lr=0.3), _toll(lr=0.3), _toll(lr=0.3, seed=9)
+    _fit(straight, tmp_path / "a", max_epochs=12)
+    _fit(first, tmp_path / "b", max_epochs=7)
+    runner = engine(tmp_path / "c", max_epochs=12)
+    runner.fit(resumed, datamodule=_digits(), ckpt_path=checkpoint_of(tmp_path / "b", "Toll", "DigitsOneVsRest", "8"))
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name].nan_to_num(), value.nan_to_num()), name
+
+
+def test_saving_after_the_fit_still_resumes_from_the_last_weights(tmp_path):
+    straight, first, resumed = _toll(lr=0.3), _toll(lr=0.3), _toll(lr=0.3, seed=9)
+    _fit(straight, tmp_path / "a", max_epochs=12)
+    _fit(first, tmp_path / "b", max_epochs=7).trainer.save_checkpoint(tmp_path / "late.ckpt")
+    engine(tmp_path / "c", max_epochs=12).fit(resumed, datamodule=_digits(), ckpt_path=tmp_path / "late.ckpt")
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name].nan_to_num(), value.nan_to_num()), name
+
+
+def test_patience_stops_and_a_trainers_own_early_stopping_wins(tmp_path):
+    runner = _fit(_toll(lr=0.5, patience=2), tmp_path / "a", max_epochs=200)
+    assert runner.trainer.current_epoch < 199
+    own = EarlyStopping("val_loss", patience=150)
+    runner = _fit(_toll(lr=0.5, patience=2), tmp_path / "b", max_epochs=40, callbacks=[own])
+    assert [c for c in runner.trainer.callbacks if isinstance(c, EarlyStopping)] == [own]
+    assert runner.trainer.current_epoch == 40
+    runner = _fit(_toll(lr=0.5, patience=None), tmp_path / "c", max_epochs=30)
+    assert runner.trainer.current_epoch == 30
+
+
+def test_model_checkpoint_on_val_loss_by_callbacks_alone(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "best", monitor="val_loss", filename="{epoch}")
+    _fit(_toll(), tmp_path, max_epochs=3, callbacks=[saver])
+    assert len(list((tmp_path / "best").glob("*.ckpt"))) == 1
+    assert saver.best_model_score is not None
+
+
+def test_seed_fixes_the_weights_and_leaves_the_global_generator():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = _toll(seed=3), _toll(seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(next(_toll(seed=4).model.parameters()), next(first.model.parameters()))
+
+
+def test_max_epochs_argument_rules_where_there_is_no_trainer_section(tmp_path):
+    runner = engine(tmp_path)
+    runner.fit(_toll(max_epochs=1), datamodule=_digits())
+    assert runner.trainer.current_epoch == 1
+    assert "max_epochs" not in _toll().trainer_arguments
+
+
+def test_without_a_validation_split_the_last_weights_stay(tmp_path):
+    runner = _fit(_toll(), tmp_path, _digits(val_ratio=0), max_epochs=20)
+    assert "val_loss" not in runner.trainer.callback_metrics
+    result = runner.test(datamodule=_digits(val_ratio=0), verbose=False)[0]
+    # Raw scores lie above 1; anomalib's metric would tie them all and read 0.5.
+    assert result["image_AUROC"] > 0.6
+
+
+def test_a_last_batch_of_one_image_trains(tmp_path):
+    class OneByOne(nn.Sequential):
+        """A channel holds one value per image, which BatchNorm refuses from one image."""
+
+    encoder = OneByOne(nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4), nn.Flatten())
+    decoder = nn.Sequential(nn.Unflatten(1, (4, 1, 1)), nn.ConvTranspose2d(4, 1, 8))
+    data = _digits()
+    data.setup()
+    data.train_batch_size = len(data.train_data) - 1
+    _fit(_toll(encoder=encoder, decoder=decoder), tmp_path, data, max_epochs=1)
+
+
+# --- what goes wrong
+
+
+def test_divergence_stops_at_once_and_keeps_good_weights(tmp_path):
+    model = _toll(lr=1e30)
+    with pytest.raises(DivergenceError, match="not finite at step"):
+        _fit(model, tmp_path, max_epochs=50)
+    assert all(value.isfinite().all() for value in model.model.state_dict().values())
+
+
+def test_failure_signatures_are_warned_of(tmp_path):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean = nn.Parameter(torch.zeros(1, 1, 8, 8))
+
+        def forward(self, z):
+            return self.mean.expand(len(z), -1, -1, -1)
+
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    model = Toll(image_size=8, in_channels=1, encoder=encoder, decoder=Mean(), lr=0.05, beta=0.0, visualizer=False)
+    with pytest.warns(TollWarning, match="predicts_mean: .* unexplained .* lower beta"):
+        engine(tmp_path, max_epochs=60).fit(model, datamodule=_digits())
+    assert [finding.signature for finding in model.findings] == ["predicts_mean"]
+
+
+def test_a_normal_fit_warns_of_nothing(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TollWarning)
+        model = _toll()
+        engine(tmp_path, max_epochs=60).fit(model, datamodule=_digits())
+    assert model.findings == []
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_nan_pixels_are_refused(tmp_path, verb):
+    data = _digits()
+    data.setup()
+    for part in (data.train_data, data.test_data):
+        part._images[1, 0, 0, 0] = float("nan")
+    data._is_setup = True
+    with pytest.raises(ValueError, match=r"images must be finite, .*: .*\.png"):
+        getattr(engine(tmp_path, max_epochs=1), verb)(_toll(), datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"beta": -1.0}, ValueError, "beta must be finite and >= 0, got -1.0"),
+        ({"beta": math.nan}, ValueError, "beta must be finite"),
+        ({"lr": 0.0}, ValueError, "lr must be finite and > 0"),
+        ({"image_size": 7}, ValueError, "image_size must be at least 8 pixels"),
+        ({"image_size": (28, 4)}, ValueError, "image_size must be at least 8 pixels"),
+        ({"in_channels": 2}, ValueError, "in_channels must be one of 1, 3, got 2"),
+        ({"network": "resnet"}, ValueError, "network must be one of"),
+        ({"network": "paper28", "image_size": 32}, ValueError, r"network='paper28' takes .*\(1, 28, 28\)"),
+        ({"network": "paper32", "image_size": 32, "in_channels": 1}, ValueError, r"takes .*\(3, 32, 32\)"),
+        ({"score_term": "both"}, ValueError, "score_term must be one of"),
+        ({"scaling": "zscore"}, ValueError, "scaling must be one of"),
+        ({"exponent": 3}, ValueError, "exponent must be one of 1, 2"),
+        ({"patience": 0}, ValueError, "patience must be at least 1"),
+        ({"max_epochs": 0}, ValueError, "max_epochs must be at least 1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"encoder": nn.Flatten()}, ValueError, "encoder and decoder must be given together, decoder is missing"),
+        ({"encoder": nn.Flatten(), "decoder": nn.Flatten()}, ValueError, "decoder must return samples"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Toll(**arguments)
+
+
+def test_wrong_channels_and_size():
+    model = Toll(image_size=16, pre_processor=False).eval()
+    with pytest.raises(ValueError, match=r"input must have shape \(N, 3, 16, 16\), got \(2, 4, 16, 16\)"):
+        model(torch.rand(2, 4, 16, 16))
+    with pytest.raises(ValueError, match=r"got \(2, 3, 16, 20\)"):
+        model(torch.rand(2, 3, 16, 20))
+
+
+def test_own_modules_and_their_checkpoint(tmp_path):
+    def modules():
+        return {
+            "encoder": nn.Sequential(nn.Flatten(), nn.Linear(64, 4)),
+            "decoder": nn.Sequential(nn.Linear(4, 64), nn.Unflatten(1, (1, 8, 8))),
+        }
+
+    model = _toll(**modules())
+    _fit(model, tmp_path)
+    path = checkpoint_of(tmp_path, "Toll", "DigitsOneVsRest", "8")
+    torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match="pass encoder and decoder"):
+        Toll.load_from_checkpoint(path)
+    loaded = Toll.load_from_checkpoint(path, **modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name].nan_to_num(), value.nan_to_num()), name
+
+
+def test_an_empty_training_folder(tmp_path):
+    (tmp_path / "set/good").mkdir(parents=True)
+    data = Folder("empty", root=tmp_path / "set", normal_dir="good", num_workers=0)
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)image|found"):
+        engine(tmp_path, max_epochs=1).fit(Toll(image_size=16), datamodule=data)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other"])
+def test_a_corrupted_checkpoint(tmp_path, damage):
+    path = tmp_path / "model.ckpt"
+    _fit(_toll(), tmp_path).trainer.save_checkpoint(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"no checkpoint")
+    with pytest.raises(Exception, match=r"(?i)corrupt|archive|pickle|load|central directory|weights_only"):
+        Toll.load_from_checkpoint(path)
+
+
+def test_a_failing_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    import fsspec.implementations.local as local
+
+    path = tmp_path / "model.ckpt"
+    runner = _fit(_toll(), tmp_path)
+    runner.trainer.save_checkpoint(path)
+    before = path.read_bytes()
+
+    def full(self, data):
+        self.f.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(local.LocalFileOpener, "write", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        runner.trainer.save_checkpoint(path)
+    assert path.read_bytes() == before
+    Toll.load_from_checkpoint(path)
+
+
+def test_pickle_carries_the_weights_once(tmp_path):
+    import io
+
+    model = _toll()
+    _fit(model, tmp_path)
+    fresh, fitted = io.BytesIO(), io.BytesIO()
+    torch.save(_toll(), fresh)
+    torch.save(model, fitted)
+    assert fitted.getbuffer().nbytes < 1.2 * fresh.getbuffer().nbytes
+
+
+def test_get_model_by_every_spelling():
+    for spelling in ("toll", "Toll", "TOLL"):
+        assert isinstance(get_model(spelling), Toll)
+
+
+def test_model_is_the_hosts_kind_of_number():
+    scores = get_model("toll", image_size=16).eval()(torch.rand(2, 3, 16, 16)).pred_score
+    assert isinstance(scores, torch.Tensor)
+    assert np.isfinite(scores.detach().numpy()).all()

@@ -1,0 +1,113 @@
+"""The formula, against hand-worked values and an independent loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toll_plugin.core import TollLoss, TollTerms, toll_score, toll_terms
+
+X = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
+X_HAT = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+Z = torch.tensor([[0.6, 0.8], [0.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("exponent", "reconstruction", "latent", "score", "loss"),
+    [(1, [5.0, 1.0], [1.0, 2.0], [15.0, 21.0], 18.0), (2, [25.0, 1.0], [1.0, 4.0], [35.0, 41.0], 38.0)],
+)
+def test_hand_worked_values(exponent, reconstruction, latent, score, loss):
+    objective = TollLoss(beta=10.0, exponent=exponent)
+    terms = objective.terms(X, X_HAT, Z)
+    torch.testing.assert_close(terms.reconstruction, torch.tensor(reconstruction))
+    torch.testing.assert_close(terms.latent, torch.tensor(latent))
+    torch.testing.assert_close(objective.score(terms), torch.tensor(score))
+    torch.testing.assert_close(objective.score(terms, "reconstruction"), torch.tensor(reconstruction))
+    torch.testing.assert_close(objective.score(terms, "latent"), torch.tensor(latent))
+    torch.testing.assert_close(objective(X, X_HAT, Z), torch.tensor(loss))
+
+
+@given(
+    seed=st.integers(0, 1000),
+    shape=st.sampled_from([(5,), (1, 4, 3), (3, 2, 2)]),
+    beta=st.floats(0, 1e4),
+    exponent=st.sampled_from([1, 2]),
+)
+def test_equals_an_independent_loop(seed, shape, beta, exponent):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+    x_hat = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+    z = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    expected = []
+    for i in range(4):
+        residual = sum((a - b) ** 2 for a, b in zip(x[i].flatten().tolist(), x_hat[i].flatten().tolist(), strict=True))
+        norm = sum(a**2 for a in z[i].tolist())
+        expected.append(math.sqrt(residual) ** exponent + beta * math.sqrt(norm) ** exponent)
+    loss = TollLoss(beta, exponent=exponent)
+    scores = loss.score(loss.terms(x, x_hat, z))
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(loss(x, x_hat, z), torch.tensor(sum(expected) / 4, dtype=torch.float64))
+
+
+@given(scale=st.floats(1e-3, 1e3), beta=st.floats(0, 100))
+def test_scaling_input_and_latent_scales_the_score(scale, beta):
+    whole = toll_score(toll_terms(X.double(), X_HAT.double(), Z.double()), beta=beta)
+    scaled = toll_score(toll_terms(scale * X.double(), scale * X_HAT.double(), scale * Z.double()), beta=beta)
+    torch.testing.assert_close(scaled, scale * whole)
+
+
+def test_a_score_does_not_depend_on_the_rest_of_the_batch():
+    alone = toll_terms(X[:1], X_HAT[:1], Z[:1])
+    together = toll_terms(X, X_HAT, Z)
+    assert alone.reconstruction[0] == together.reconstruction[0]
+    assert alone.latent[0] == together.latent[0]
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_gradient_is_finite_at_a_perfect_reconstruction_and_a_zero_latent(exponent):
+    x_hat, z = X.clone().requires_grad_(), torch.zeros(2, 3, requires_grad=True)
+    TollLoss(1.0, exponent=exponent)(X, x_hat, z).backward()
+    assert x_hat.grad.isfinite().all()
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_images_do_not_overflow(dtype):
+    x = torch.full((1, 3, 64, 64), 8.0, dtype=dtype)
+    terms = toll_terms(x, torch.zeros_like(x), torch.ones(1, 2, dtype=dtype))
+    torch.testing.assert_close(terms.reconstruction, torch.tensor([8.0 * math.sqrt(3 * 64 * 64)]))
+
+
+@pytest.mark.parametrize(
+    ("beta", "error"),
+    [
+        (-1, ValueError),
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        ("1", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+    ],
+)
+def test_bad_beta(beta, error):
+    with pytest.raises(error, match=r"beta .*got"):
+        TollLoss(beta)
+    with pytest.raises(error, match=r"beta .*got"):
+        toll_score(TollTerms(torch.ones(1), torch.ones(1)), beta=beta)
+
+
+def test_bad_arguments_name_themselves():
+    with pytest.raises(ValueError, match="exponent must be one of 1, 2, got 3"):
+        TollLoss(1.0, exponent=3)
+    with pytest.raises(ValueError, match="reconstruction must have the shape of x"):
+        toll_terms(X, X_HAT[:, :1], Z)
+    with pytest.raises(ValueError, match="latent must have shape"):
+        toll_terms(X, X_HAT, Z[:1])
+    with pytest.raises(ValueError, match="latent must have shape"):
+        toll_terms(X, X_HAT, Z[:, 0])
+    with pytest.raises(ValueError, match="term must be one of .*got 'both'"):
+        toll_score(toll_terms(X, X_HAT, Z), beta=1, term="both")
