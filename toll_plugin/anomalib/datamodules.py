@@ -209,12 +209,11 @@ class OneVsRest(AnomalibDataModule):
         if self.val_ratio > 0:
             n_val = max(1, n_val)
         n_val_anomalies = round(self.val_ratio * len(anomalies)) if self.val_anomalies else 0
-        test_normals, val_normals, train_normals = torch.split(normals, [n_test, n_val, len(normals) - n_test - n_val])
-        val_anomalies, rest = anomalies[:n_val_anomalies], anomalies[n_val_anomalies:]
-        if len(train_normals) == 0:
+        if n_test + n_val >= len(normals):
             msg = f"no training image is left of the {len(normals)} of class {self.normal_class}: lower the ratios"
             raise ValueError(msg)
-
+        test_normals, val_normals, train_normals = torch.split(normals, [n_test, n_val, len(normals) - n_test - n_val])
+        val_anomalies, rest = anomalies[:n_val_anomalies], anomalies[n_val_anomalies:]
         self.train_data = self._dataset(train, train_normals, "train")
         if n_val:
             self.val_data = self._dataset(train, torch.cat([val_normals, val_anomalies]), "val")

@@ -1,0 +1,143 @@
+"""One-vs-rest data: who lands in which split, in which order, at which cost in copies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from anomalib import TaskType
+from torchvision.transforms.v2 import Compose, RandomErasing, Resize
+
+from toll_plugin.anomalib import DigitsOneVsRest, OneVsRest
+from toll_plugin.anomalib.datamodules import LabelledImages, TensorImageDataset
+
+
+def _split(data):
+    data.setup()
+    return {
+        split: {(int(i.image_path.split("/")[-1][:-4]), bool(i.gt_label)) for i in getattr(data, f"{split}_data")}
+        for split in ("train", "val", "test")
+        if hasattr(data, f"{split}_data")
+    }
+
+
+@pytest.mark.parametrize("normal_class", range(10))
+def test_digits_are_split_by_class(normal_class):
+    from sklearn.datasets import load_digits
+
+    target = load_digits().target
+    parts = _split(DigitsOneVsRest(normal_class))
+    assert not any(bad for _, bad in parts["train"] | parts["val"])
+    everyone = [i for part in parts.values() for i, _ in part]
+    assert sorted(everyone) == list(range(1797))
+    for i, bad in set.union(*parts.values()):
+        assert bad == (target[i] != normal_class)
+    n = int((target == normal_class).sum())
+    assert len(parts["val"]) == round(0.2 * n)
+    assert sum(not bad for _, bad in parts["test"]) == round(0.2 * n)
+
+
+def test_the_seed_decides_the_split():
+    assert _split(DigitsOneVsRest(3, seed=1)) == _split(DigitsOneVsRest(3, seed=1))
+    assert _split(DigitsOneVsRest(3, seed=1)) != _split(DigitsOneVsRest(3, seed=2))
+
+
+def test_validation_anomalies_only_when_asked_and_never_tested():
+    parts = _split(DigitsOneVsRest(3, val_anomalies=True))
+    bad = {i for i, is_bad in parts["val"] if is_bad}
+    assert len(bad) == round(0.2 * (1797 - 183))
+    assert not bad & {i for i, _ in parts["test"]}
+
+
+class Squares(OneVsRest):
+    """A set with a test part: class c is a flat image of value 10 c."""
+
+    def load(self):
+        def part(n):
+            labels = torch.arange(n) % 4
+            return LabelledImages((10 * labels).to(torch.uint8)[:, None, None, None].repeat(1, 3, 5, 6), labels)
+
+        return part(80), part(24)
+
+
+def test_a_set_with_a_test_part():
+    data = Squares(2, val_ratio=0.25)
+    parts = _split(data)
+    assert {split: len(part) for split, part in parts.items()} == {"train": 15, "val": 5, "test": 24}
+    assert sum(not bad for _, bad in parts["test"]) == 6
+    item = data.train_data[0]
+    torch.testing.assert_close(item.image.as_subclass(torch.Tensor), torch.full((3, 5, 6), 20 / 255))
+
+
+def test_batches_come_whole_and_equal_their_items():
+    data = DigitsOneVsRest(8, train_batch_size=50)
+    data.setup()
+    batches = list(data.val_dataloader())
+    assert sum(len(b.image) for b in batches) == len(data.val_data)
+    for i, path in enumerate(batches[0].image_path):
+        assert torch.equal(batches[0].image[i], data.val_data[i].image)
+        assert path == data.val_data[i].image_path
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        data = DigitsOneVsRest(8, seed=seed)
+        data.setup()
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return [path.split("/")[-1] for batch in loader for path in batch.image_path]
+
+    torch.manual_seed(1)
+    first = order(0, 3)
+    torch.manual_seed(2)
+    assert order(0, 3) == first
+    assert order(0, 4) != first
+    assert sorted(order(0, 4)) == sorted(first)
+
+
+def test_augmentations_see_one_image_at_a_time():
+    images = torch.ones(64, 1, 8, 8)
+    data = TensorImageDataset(images, torch.zeros(64), augmentations=RandomErasing(p=0.5, scale=(0.1, 0.2)))
+    batch = data.__getitems__(range(64)).image
+    erased = [bool((image == 0).any()) for image in batch]
+    assert 5 < sum(erased) < 59
+    data.augmentations = Compose([Resize((16, 16))])
+    assert data.__getitems__([0, 1]).image.shape == (2, 3, 16, 16)
+
+
+def test_subsample_shares_the_images():
+    data = TensorImageDataset(torch.rand(10, 1, 4, 4), torch.arange(10) >= 5, [f"{i}.png" for i in range(10)])
+    part = data.subsample([7, 2])
+    assert [item.image_path for item in part] == ["7.png", "2.png"]
+    assert [bool(item.gt_label) for item in part] == [True, False]
+    assert part._images.data_ptr() == data._images.data_ptr()
+    assert part.task == TaskType.CLASSIFICATION
+    assert part.has_normal
+    assert part.has_anomalous
+    with pytest.raises(ValueError, match="no duplicates"):
+        data.subsample([1, 1])
+
+
+def test_loading_copies_no_global_randomness():
+    np_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    DigitsOneVsRest(1).setup()
+    assert (np.random.get_state()[1] == np_state).all()  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"normal_class": 10}, r"normal_class must be one of \[0, 1, .*9\], got 10"),
+        ({"normal_class": -1}, "normal_class must be at least 0"),
+        ({"val_ratio": 1.0}, "val_ratio must be below 1"),
+        ({"val_ratio": -0.1}, "val_ratio must be finite and >= 0"),
+        ({"test_ratio": 0.0}, "test_ratio must be finite and > 0"),
+        ({"val_ratio": 0.6, "test_ratio": 0.5}, "lower the ratios"),
+        ({"train_batch_size": 0}, "train_batch_size must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DigitsOneVsRest(**arguments).setup()

@@ -1,0 +1,81 @@
+"""Two processes on the CPU against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, logging, sys, warnings
+warnings.simplefilter("ignore")
+logging.disable(logging.WARNING)
+import torch
+from anomalib.engine import Engine
+from toll_plugin.anomalib import DigitsOneVsRest, Toll
+
+processes, root = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+
+def engine():
+    parallel = {"strategy": "ddp", "devices": 2} if processes == 2 else {"devices": 1}
+    return Engine(default_root_dir=root, max_epochs=15, accelerator="cpu", enable_progress_bar=False,
+                  enable_model_summary=False, **parallel)
+
+def data():
+    return DigitsOneVsRest(8, train_batch_size=32 // processes, eval_batch_size=64, seed=0)
+
+def model():
+    return Toll(image_size=8, in_channels=1, beta=0.1, seed=0, visualizer=False)
+
+if len(sys.argv) > 3:
+    result = engine().test(model(), datamodule=data(), ckpt_path=sys.argv[3], verbose=False)[0]
+else:
+    runner = engine()
+    runner.fit(model(), datamodule=data())
+    result = {k: float(v) for k, v in runner.trainer.callback_metrics.items()}
+    result["checkpoint"] = runner.trainer.checkpoint_callback.best_model_path
+    result |= runner.test(model=runner.model, datamodule=data(), verbose=False)[0]
+if int(__import__("os").environ.get("LOCAL_RANK", 0)) == 0:
+    print("RESULT", json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+
+    def call(processes: int, *arguments: str) -> dict[str, float | str]:
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1"}
+        result = subprocess.run(
+            [sys.executable, str(script), str(processes), str(folder / str(processes)), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+            cwd=folder,
+            env=environment,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
+        return json.loads(line.removeprefix("RESULT"))
+
+    return call
+
+
+def test_two_processes_train_and_test_as_one_does(run):
+    one, two = run(1), run(2)
+    # BatchNorm normalises by each process's half of the batch, so the weights differ a little.
+    assert two["image_AUROC"] == pytest.approx(one["image_AUROC"], abs=0.02)
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=0.15)
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=0.15)
+    # The same weights: only the repeated image that evens out the two halves of the test differs.
+    checkpoint = str(one["checkpoint"])
+    assert Path(checkpoint).is_file()
+    assert run(2, checkpoint)["image_AUROC"] == pytest.approx(one["image_AUROC"], abs=1e-3)

@@ -1,0 +1,199 @@
+"""What importing costs and reaches: each case in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+        timeout=300,
+    )
+
+
+def printed(code: str, **environment: str) -> str:
+    result = run(code, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_the_package_loads_neither_torch_nor_a_host():
+    code = """
+        import sys, toll_plugin, toll_plugin._autoload
+        print([m for m in ("torch", "numpy", "anomalib", "lightning", "pyod", "sklearn") if m in sys.modules])
+    """
+    assert printed(code) == "[]"
+
+
+def test_the_core_loads_no_host():
+    code = """
+        import sys, toll_plugin.core
+        print([m for m in ("anomalib", "lightning", "pyod", "torchvision", "sklearn") if m in sys.modules])
+    """
+    assert printed(code) == "[]"
+
+
+def test_the_anomalib_adapter_loads_no_pyod():
+    code = """
+        import sys, toll_plugin.anomalib
+        print([m for m in ("pyod", "toll_plugin.pyod") if m in sys.modules])
+    """
+    assert printed(code) == "[]"
+
+
+def test_the_core_works_where_no_host_is_installed():
+    code = """
+        import sys
+        for host in ("anomalib", "lightning", "pyod", "torchvision", "sklearn"):
+            sys.modules[host] = None
+        import torch
+        from toll_plugin.core import ConvAutoencoder, TollLoss, fit
+        print(len(fit(ConvAutoencoder(8), torch.rand(8, 1, 8, 8), TollLoss(), max_epochs=1).total))
+    """
+    assert printed(code) == "1"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import anomalib.models",
+        "import torch, anomalib.models",
+        "import anomalib.data, anomalib.models",
+        "import anomalib.models.components.base",
+        "import anomalib.cli",
+        "import toll_plugin.anomalib",
+        "import importlib.util; importlib.util.find_spec('anomalib.models'); import anomalib.models",
+        "import torch, importlib.util; importlib.util.find_spec('anomalib.models.image'); import anomalib.models",
+    ],
+)
+def test_registered_whatever_is_imported_first(first):
+    code = f"""
+        import warnings
+        warnings.simplefilter("error", RuntimeWarning)
+        {first}
+        import sys, anomalib.data, anomalib.models
+        from anomalib.models import get_model, list_models
+        model = get_model({{"class_path": "Toll", "init_args": {{"image_size": 16}}}})
+        left = [f for f in sys.meta_path if "toll_plugin" in type(f).__module__]
+        print(type(model).__name__, "toll" in list_models(), anomalib.data.DigitsOneVsRest.__name__, left)
+        print(type(anomalib.models.image.__spec__.loader).__name__)
+    """
+    assert printed(code).splitlines() == ["Toll True DigitsOneVsRest []", "SourceFileLoader"]
+
+
+def test_switched_off_by_torchs_own_variable():
+    code = """
+        import anomalib.models
+        print(hasattr(anomalib.models, "Toll"))
+        import toll_plugin.anomalib
+        print(hasattr(anomalib.models, "Toll"))
+    """
+    assert printed(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").split() == ["False", "True"]
+
+
+def test_the_dotted_path_works_where_it_is_switched_off(tmp_path):
+    code = f"""
+        from anomalib.cli import AnomalibCLI
+        arguments = ["train", "--model", "toll_plugin.anomalib.Toll", "--model.image_size", "16"]
+        cli = AnomalibCLI([*arguments, "--data", "MVTecAD", "--default_root_dir", {str(tmp_path)!r}], run=False)
+        print(type(cli.model).__name__)
+    """
+    assert printed(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "Toll"
+
+
+@pytest.mark.parametrize("broken", ["raise ImportError('no')", "raise SystemError('worse')"])
+def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken, tmp_path):
+    code = f"""
+        import sys, warnings
+        from importlib.abc import Loader, MetaPathFinder
+        from importlib.machinery import ModuleSpec
+
+        class Broken(Loader, MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                return ModuleSpec(name, self) if name == "toll_plugin.anomalib" else None
+            def create_module(self, spec):
+                return None
+            def exec_module(self, module):
+                {broken}
+
+        sys.meta_path.insert(0, Broken())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import torch, anomalib.models
+        print([w.category.__name__ for w in caught if "toll_plugin" in str(w.message)])
+        print(anomalib.models.Padim.__name__)
+    """
+    assert printed(code).splitlines() == ["['RuntimeWarning']", "Padim"]
+
+
+def test_importing_torch_alone_imports_no_adapter():
+    code = """
+        import sys, torch
+        print([m for m in sys.modules if m.startswith("toll_plugin")])
+    """
+    assert printed(code) == "['toll_plugin', 'toll_plugin._autoload']"
+
+
+def test_arming_twice_or_late_is_harmless():
+    code = """
+        import sys, torch
+        from toll_plugin._autoload import arm
+        arm(); arm()
+        print(len([f for f in sys.meta_path if "toll_plugin" in type(f).__module__]))
+        import anomalib.models
+        arm()
+        print(len([f for f in sys.meta_path if "toll_plugin" in type(f).__module__]), hasattr(anomalib.models, "Toll"))
+    """
+    assert printed(code).splitlines() == ["1", "0 True"]
+
+
+def test_late_arming_registers_what_is_already_imported():
+    code = """
+        import os, anomalib.models
+        from toll_plugin._autoload import arm
+        print(hasattr(anomalib.models, "Toll"))
+        arm()
+        print(hasattr(anomalib.models, "Toll"))
+    """
+    assert printed(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").split() == ["False", "True"]
+
+
+def test_spawned_processes_know_the_model():
+    code = """
+        import multiprocessing as mp
+
+        def look(queue):
+            from anomalib.models import list_models
+            queue.put("toll" in list_models())
+
+        if __name__ == "__main__":
+            pass
+    """
+    # A spawned child cannot import a function of `-c`, so the code goes through a file.
+    import tempfile
+    from pathlib import Path
+
+    path = Path(tempfile.mkdtemp()) / "child.py"
+    path.write_text(
+        textwrap.dedent(code).replace(
+            "    pass\n",
+            "    context = mp.get_context('spawn')\n"
+            "    queue = context.Queue()\n"
+            "    child = context.Process(target=look, args=(queue,))\n"
+            "    child.start()\n"
+            "    print(queue.get(timeout=200))\n"
+            "    child.join()\n",
+        )
+    )
+    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, timeout=300)
+    assert result.stdout.strip() == "True"
