@@ -5,10 +5,16 @@ from __future__ import annotations
 from jsonargparse import auto_cli
 
 from benchmarks.digits import digits
+from benchmarks.imports import imports
+from benchmarks.overhead import overhead
+from benchmarks.readme import readme
 
 
 def main() -> None:
-    auto_cli({"digits": digits}, prog="python -m benchmarks")
+    """Run one command."""
+    auto_cli(
+        {"digits": digits, "imports": imports, "overhead": overhead, "readme": readme}, prog="python -m benchmarks"
+    )
 
 
 if __name__ == "__main__":

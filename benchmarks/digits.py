@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import provenance, write
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.records import RESULTS, finish
 
 
 def _toll(normal_class: int, seed: int, beta: float, max_epochs: int) -> dict[str, Any]:
@@ -74,9 +72,7 @@ def _mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f}{spread}"
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record as a Markdown table: mean over seeds per class, and over all."""
-    runs = record["runs"]
+def _table(runs: list[dict[str, Any]]) -> str:
     methods = list(dict.fromkeys(run["method"] for run in runs))
     classes = sorted({run["class"] for run in runs})
     lines = ["| method | " + " | ".join(map(str, classes)) + " | mean ± sd over seeds |"]
@@ -90,9 +86,8 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def paired(record: dict[str, Any], first: str, second: str) -> str:
-    """Mean AUROC difference of two methods over (class, seed), with its standard error."""
-    by = {(r["method"], r["class"], r["seed"]): r["auroc"] for r in record["runs"]}
+def _paired(runs: list[dict[str, Any]], first: str, second: str) -> str:
+    by = {(r["method"], r["class"], r["seed"]): r["auroc"] for r in runs}
     keys = [(c, s) for m, c, s in by if m == first]
     gaps = [by[first, c, s] - by[second, c, s] for c, s in keys]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
@@ -105,7 +100,7 @@ def digits(
     betas: list[float] | None = None,
     max_epochs: int = 200,
     jobs: int = 2,
-    output: Path | None = None,
+    output: Path = RESULTS / "digits.json",
 ) -> None:
     """AUROC on the digits, each class normal once.
 
@@ -115,7 +110,7 @@ def digits(
         betas: Weights of the latent norm; by default the model's default, and 0 and 1.
         max_epochs: As in configs/digits.yaml.
         jobs: Processes, one thread each.
-        output: Where the record goes; benchmarks/results/digits.json by default.
+        output: Where the record goes.
     """
     from joblib import Parallel, delayed
     from tqdm import tqdm
@@ -123,14 +118,9 @@ def digits(
     methods = [("KNN", 0.0)] + [(f"Toll, beta {beta:g}", beta) for beta in betas or (0.01, 0.0, 1.0)]
     runs = [(m, b, c, s, max_epochs) for m, b in methods for s in range(seeds) for c in classes or range(10)]
     work = Parallel(jobs, return_as="generator")(delayed(_run)(*run) for run in runs)
-    record = {
-        "command": "digits",
-        **provenance(),
-        "max_epochs": max_epochs,
-        "runs": list(tqdm(work, total=len(runs), desc="digits", unit="run")),
-    }
-    write(output or RESULTS / "digits.json", record)
-    print(table(record))
-    for name, beta in methods[1:]:
-        if beta and ("Toll, beta 0", 0.0) in methods:
-            print(paired(record, name, "Toll, beta 0"))
+    results = list(tqdm(work, total=len(runs), desc="digits", unit="run"))
+    table = _table(results)
+    twin = "Toll, beta 0"
+    if any(beta == 0 for _, beta in methods[1:]):
+        table += "\n\n" + "; ".join(_paired(results, name, twin) for name, _ in methods[1:] if name != twin) + "."
+    finish(output, {"command": "digits", "max_epochs": max_epochs, "table": table, "runs": results})

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("toll-plugin", "anomalib", "lightning", "torch", "torchvision", "pyod", "scikit-learn", "numpy")
 
 
@@ -19,9 +20,8 @@ def provenance() -> dict[str, Any]:
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-        ).stdout.strip()  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)  # noqa: S603
+        return done.stdout.strip()
 
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -34,9 +34,10 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record as JSON; an interrupted run leaves the earlier file."""
+def finish(path: Path, record: dict[str, Any]) -> None:
+    """Print a record's table and write it as JSON; an interrupted run leaves the earlier file."""
+    print(record["table"])
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.write_text(json.dumps({**record, **provenance()}, indent=1) + "\n")
     part.replace(path)

@@ -27,7 +27,7 @@ def _own_directory(tmp_path, monkeypatch):
 def draw(path: Path, rng: np.random.Generator, *, bad: bool, size: tuple[int, int] = (40, 48)) -> None:
     """A smooth texture, with a bright spot where it is bad; its mask lies beside it."""
     height, width = size
-    rows, columns = np.mgrid[:height, :width]
+    _, columns = np.mgrid[:height, :width]
     image = 90 + 40 * np.sin(columns / 6 + rng.uniform(0, 0.5)) + rng.normal(0, 4, size)
     mask = np.zeros(size, dtype=np.uint8)
     if bad:

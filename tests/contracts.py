@@ -139,11 +139,11 @@ class AnomalibModelContract:
 
     # --- exports
 
-    def test_exports_score_as_lightning_does(self, trained, mvtec_root, tmp_path, monkeypatch):
+    def test_exports_score_as_lightning_does(self, trained, mvtec_root, tmp_path):
         import onnxruntime
         import openvino
 
-        model, data, *_, checkpoint = trained
+        _, data, *_, checkpoint = trained
         batches = engine(tmp_path).predict(self.build(), datamodule=data, ckpt_path=checkpoint)
         expected = {
             "pred_score": torch.cat([b.pred_score for b in batches]).numpy(),
@@ -211,7 +211,7 @@ class AnomalibModelContract:
         self.cli("export", *plain, "--export_type", "onnx", "--ckpt_path", checkpoint)
         assert list(tmp_path.rglob("model.onnx"))
 
-    def test_cli_in_both_argument_orders_and_by_both_paths(self, config, tmp_path):
+    def test_cli_in_both_argument_orders_and_by_both_paths(self, config):
         dotted = f"{type(self.build()).__module__.rsplit('.', 1)[0]}.{self.name}"
         for arguments in (
             ["--model", self.name, "--config", str(config)],

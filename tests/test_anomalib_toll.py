@@ -412,7 +412,7 @@ def test_a_corrupted_checkpoint(tmp_path, damage):
 
 
 def test_a_failing_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    import fsspec.implementations.local as local
+    from fsspec.implementations import local
 
     path = tmp_path / "model.ckpt"
     runner = _fit(_toll(), tmp_path)

@@ -112,7 +112,7 @@ def test_the_dotted_path_works_where_it_is_switched_off(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["raise ImportError('no')", "raise SystemError('worse')"])
-def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken, tmp_path):
+def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken):
     code = f"""
         import sys, warnings
         from importlib.abc import Loader, MetaPathFinder

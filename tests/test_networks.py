@@ -164,7 +164,7 @@ def test_own_modules_that_do_not_meet():
         Autoencoder(nn.Linear(8, 2), nn.Linear(3, 8), input_shape=(8,))
     with pytest.raises(ValueError, match=r"decoder must return samples of the input's shape \(8,\), got \(7,\)"):
         Autoencoder(nn.Linear(8, 2), nn.Linear(2, 7), input_shape=(8,))
-    with pytest.raises(TypeError, match="decoder must be a torch.nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"decoder must be a torch\.nn\.Module, got function"):
         Autoencoder(nn.Linear(8, 2), lambda z: z)
 
 

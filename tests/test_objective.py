@@ -109,5 +109,5 @@ def test_bad_arguments_name_themselves():
         toll_terms(X, X_HAT, Z[:1])
     with pytest.raises(ValueError, match="latent must have shape"):
         toll_terms(X, X_HAT, Z[:, 0])
-    with pytest.raises(ValueError, match="term must be one of .*got 'both'"):
+    with pytest.raises(ValueError, match=r"term must be one of .*got 'both'"):
         toll_score(toll_terms(X, X_HAT, Z), beta=1, term="both")

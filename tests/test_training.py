@@ -91,7 +91,7 @@ def test_modes_are_put_back_also_after_an_error():
 
 def test_divergence_keeps_the_last_good_weights():
     network = _network()
-    with pytest.raises(DivergenceError, match="not finite at step .* last finite values were total") as caught:
+    with pytest.raises(DivergenceError, match=r"not finite at step .* last finite values were total") as caught:
         fit(network, X, TollLoss(), lr=1e30, max_epochs=50)
     error = caught.value
     assert error.step >= 1

@@ -1,0 +1,89 @@
+"""Every block of the README runs, in the README's order and as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+#: Benchmarks take minutes; the same commands run small. The rest of a block stays as it is.
+SMALL = {
+    "python -m benchmarks digits": " --seeds 1 --classes [8] --betas [0.01,0] --max_epochs 2 --jobs 1",
+    "python -m benchmarks overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
+    "python -m benchmarks imports": " --repeats 1",
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, mvtec_root):
+    """A clone as far as the blocks look at it, with `my_images` beside."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(mvtec_root / "part", folder / "my_images")
+    return folder
+
+
+def _command(kind: str, code: str) -> list[str]:
+    if kind == "python":
+        return [sys.executable, "-c", code]
+    line = code.strip()
+    # CI executes the two marked blocks whole; here, what is installed is tested.
+    line = line.removeprefix("pip install . && ")
+    if line in SMALL:
+        line += SMALL[line] + ("" if "digits" not in line else "") + " --output out.json"
+    return ["bash", "-euo", "pipefail", "-c", line]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [pytest.param(kind, code, id=f"{i}-{code.split(chr(10))[0][:40]}") for i, (kind, code) in enumerate(BLOCKS)],
+)
+def test_block(kind, code, workplace):
+    if code.startswith('pip install ".[dev]"'):
+        pytest.skip("this is the command that runs this test")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        _command(kind, code),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=workplace,
+        timeout=400,
+        env=environment,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    if "anomalib train" in code or "anomalib test" in code:
+        assert "image_AUROC" in done.stdout
+
+
+def test_there_are_blocks_for_every_user():
+    assert {kind for kind, _ in BLOCKS} == {"bash", "python"}
+    assert sum("anomalib " in code for _, code in BLOCKS) >= 5
+
+
+def test_tables_are_those_of_the_records():
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.readme import fill
+
+    assert fill(TEXT) == TEXT
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
+def test_ci_runs_the_readmes_own_commands():
+    for name in ("first", "second"):
+        assert re.search(rf"<!-- ci: {name} -->\n```bash\npip install ", TEXT)
+    assert "block first" in (ROOT / ".ci/run").read_text()
