@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS, finish
+from benchmarks.records import RESULTS, finish, provenance
 
 
 def _toll(normal_class: int, seed: int, beta: float, max_epochs: int) -> dict[str, Any]:
@@ -115,6 +115,7 @@ def digits(
     from joblib import Parallel, delayed
     from tqdm import tqdm
 
+    record = {"command": "digits", **provenance(), "max_epochs": max_epochs}
     methods = [("KNN", 0.0)] + [(f"Toll, beta {beta:g}", beta) for beta in betas or (0.01, 0.0, 1.0)]
     runs = [(m, b, c, s, max_epochs) for m, b in methods for s in range(seeds) for c in classes or range(10)]
     work = Parallel(jobs, return_as="generator")(delayed(_run)(*run) for run in runs)
@@ -123,4 +124,4 @@ def digits(
     twin = "Toll, beta 0"
     if any(beta == 0 for _, beta in methods[1:]):
         table += "\n\n" + "; ".join(_paired(results, name, twin) for name, _ in methods[1:] if name != twin) + "."
-    finish(output, {"command": "digits", "max_epochs": max_epochs, "table": table, "runs": results})
+    finish(output, {**record, "table": table, "runs": results})

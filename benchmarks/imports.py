@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.records import RESULTS, finish
+from benchmarks.records import RESULTS, finish, provenance
 
 # torch's scan for entry points runs with or without plugins, so it is not counted.
 _TORCH = """
@@ -46,8 +46,9 @@ def imports(repeats: int = 9, output: Path = RESULTS / "imports.json") -> None:
         repeats: Processes per measurement, after one that is not counted.
         output: Where the record goes.
     """
+    record = {"command": "imports", **provenance(), "repeats": repeats}
     lines = ["| added to | median, ms | smallest | largest |", "|---|---|---|---|"]
     for name, code in (("import torch", _TORCH), ("import anomalib.models", _ANOMALIB)):
         times = _milliseconds(code, repeats)
         lines.append(f"| `{name}` | {statistics.median(times):.2f} | {min(times):.2f} | {max(times):.2f} |")
-    finish(output, {"command": "imports", "repeats": repeats, "table": "\n".join(lines)})
+    finish(output, {**record, "table": "\n".join(lines)})

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS, finish
+from benchmarks.records import RESULTS, finish, provenance
 
 
 def _engine(image_size: int, max_epochs: int) -> float:
@@ -109,6 +109,7 @@ def overhead(
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    record = {"command": "overhead", **provenance(), "max_epochs": max_epochs, "repeats": repeats}
     lines = [
         "| image size | Engine, ms | bare loop, ms | Engine / bare | data path alone, ms |",
         "|---|---|---|---|---|",
@@ -123,4 +124,4 @@ def overhead(
             measured["loading"].append(_loading(image_size, max_epochs))
         engine, bare, loading = (1000 * statistics.median(measured[name]) for name in ("engine", "bare", "loading"))
         lines.append(f"| {image_size} | {engine:.1f} | {bare:.1f} | {engine / bare:.2f} | {loading:.1f} |")
-    finish(output, {"command": "overhead", "max_epochs": max_epochs, "repeats": repeats, "table": "\n".join(lines)})
+    finish(output, {**record, "table": "\n".join(lines)})

@@ -16,7 +16,7 @@ PACKAGES = ("toll-plugin", "anomalib", "lightning", "torch", "torchvision", "pyo
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, machine and commit."""
+    """Versions, machine and commit; ask for it before the work, which may outlast an edit."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -39,5 +39,5 @@ def finish(path: Path, record: dict[str, Any]) -> None:
     print(record["table"])
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({**record, **provenance()}, indent=1) + "\n")
+    part.write_text(json.dumps(record, indent=1) + "\n")
     part.replace(path)

@@ -44,6 +44,14 @@ def checkpoint_of(root: Path, model: str, dataset: str, category: str) -> Path:
     return root / model / dataset / category / "latest/weights/lightning/model.ckpt"
 
 
+def run_cli(*arguments: str, run: bool = True) -> AnomalibCLI:
+    """anomalib's command line, in this process."""
+    # torch.export leaves a subclass of the model under the model's name until it is collected,
+    # and the command line refuses names that are not unique.
+    gc.collect()
+    return AnomalibCLI(args=list(arguments), run=run)
+
+
 class AnomalibModelContract:
     """Subclasses set ``name`` and ``arguments`` (constructor arguments as plain data)."""
 
@@ -175,14 +183,6 @@ class AnomalibModelContract:
 
     # --- the command line
 
-    @pytest.fixture(autouse=True)
-    def _no_leftovers(self):
-        # torch.export makes a subclass of the model under the model's name, until it is collected.
-        gc.collect()
-
-    def cli(self, verb: str, *arguments: str) -> AnomalibCLI:
-        return AnomalibCLI(args=[verb, *arguments])
-
     @pytest.fixture
     def config(self, mvtec_root, tmp_path):
         path = tmp_path / "config.yaml"
@@ -198,17 +198,17 @@ class AnomalibModelContract:
         return path
 
     def test_cli_verbs(self, config, mvtec_root, tmp_path):
-        self.cli("train", "--model", self.name, "--config", str(config))
+        run_cli("train", "--model", self.name, "--config", str(config))
         checkpoint = str(checkpoint_of(tmp_path / "results", self.name, "MVTecAD", "part"))
         assert Path(checkpoint).is_file()
         for verb in ("test", "validate"):
-            self.cli(verb, "--model", self.name, "--config", str(config), "--ckpt_path", checkpoint)
+            run_cli(verb, "--model", self.name, "--config", str(config), "--ckpt_path", checkpoint)
         plain = ["--model", self.name]
         for name, value in self.arguments.items():
             plain += [f"--model.{name}", str(value).replace("(", "[").replace(")", "]")]
         image = str(mvtec_root / "part/test/spot/000.png")
-        self.cli("predict", *plain, "--data", image, "--ckpt_path", checkpoint)
-        self.cli("export", *plain, "--export_type", "onnx", "--ckpt_path", checkpoint)
+        run_cli("predict", *plain, "--data", image, "--ckpt_path", checkpoint)
+        run_cli("export", *plain, "--export_type", "onnx", "--ckpt_path", checkpoint)
         assert list(tmp_path.rglob("model.onnx"))
 
     def test_cli_in_both_argument_orders_and_by_both_paths(self, config):
@@ -218,15 +218,15 @@ class AnomalibModelContract:
             ["--config", str(config), "--model", self.name],
             ["--config", str(config)],
         ):
-            cli = AnomalibCLI(args=["train", *arguments, "--model.lr", "0.5"], run=False)
+            cli = run_cli("train", *arguments, "--model.lr", "0.5", run=False)
             assert type(cli.model).__name__ == self.name
             assert cli.model.lr == 0.5
         config.write_text(config.read_text().replace(f"class_path: {self.name}\n", f"class_path: {dotted}\n"))
-        assert type(AnomalibCLI(args=["train", "--config", str(config)], run=False).model).__name__ == self.name
+        assert type(run_cli("train", "--config", str(config), run=False).model).__name__ == self.name
 
     def test_cli_names_an_unknown_key(self, config, capsys):
         with pytest.raises(SystemExit):
-            AnomalibCLI(args=["train", "--config", str(config), "--model.betta", "1"], run=False)
+            run_cli("train", "--config", str(config), "--model.betta", "1", run=False)
         assert "betta" in capsys.readouterr().err
 
     def test_benchmark_pipeline(self, mvtec_root, tmp_path):

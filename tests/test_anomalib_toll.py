@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from anomalib.data import Folder, ImageBatch
 from anomalib.models import get_model
-from contracts import AnomalibModelContract, checkpoint_of, engine
+from contracts import AnomalibModelContract, checkpoint_of, engine, run_cli
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
@@ -120,6 +122,32 @@ def test_pre_processor_survives_its_configuration():
     images = torch.rand(2, 3, 50, 50)
     torch.testing.assert_close(restored(images), original(images))
     torch.testing.assert_close(restored.transform(images), original.transform(images))
+
+
+@pytest.mark.parametrize("size", [(28, 28), (32, 32), (64, 64), (256, 256), (48, 80)])
+def test_torch_onnx_and_openvino_agree(size, tmp_path):
+    import onnxruntime
+    import openvino
+
+    model = Toll(image_size=size, in_channels=1 if size[0] == 28 else 3, beta=1.0, seed=0).eval()
+    levels = {"_image_threshold": 40.0, "image_min": 1.0, "image_max": 60.0}
+    levels |= {"_pixel_threshold": 0.8, "pixel_min": 0.0, "pixel_max": 2.0}
+    for name, value in levels.items():
+        getattr(model.post_processor, name).fill_(value)
+    images = torch.rand(3, 3, 100, 90)
+    with torch.no_grad():
+        # As the engine does it: torchvision's resize, the model, the post-processor.
+        expected = model.post_processor(model.model(model.pre_processor.transform(images)))
+        outputs = {"torch": model(images)._asdict()}
+    session = onnxruntime.InferenceSession(str(model.to_onnx(tmp_path)))
+    names = [output.name for output in session.get_outputs()]
+    outputs["onnx"] = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
+    compiled = openvino.compile_model(str(model.to_openvino(tmp_path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    outputs["openvino"] = compiled(images.numpy())
+    for kind, output in outputs.items():
+        for name in ("pred_score", "anomaly_map"):
+            np.testing.assert_allclose(output[name], getattr(expected, name), rtol=1e-4, err_msg=f"{kind} {name}")
+        assert (np.asarray(output["pred_label"]) == expected.pred_label.numpy()).all(), kind
 
 
 # --- post-processing
@@ -257,6 +285,53 @@ def test_model_checkpoint_on_val_loss_by_callbacks_alone(tmp_path):
     _fit(_toll(), tmp_path, max_epochs=3, callbacks=[saver])
     assert len(list((tmp_path / "best").glob("*.ckpt"))) == 1
     assert saver.best_model_score is not None
+
+
+def test_callbacks_on_val_loss_by_config_alone(tmp_path):
+    config = {
+        "model": {"class_path": "Toll", "init_args": {"image_size": 8, "in_channels": 1, "visualizer": False}},
+        "data": {"class_path": "DigitsOneVsRest", "init_args": {"normal_class": 8}},
+        "trainer": {
+            "max_epochs": 3,
+            "callbacks": [
+                {"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss", "patience": 1}},
+                {
+                    # anomalib exports a class of the same name, so the short one is ambiguous.
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"monitor": "val_loss", "dirpath": str(tmp_path / "best"), "filename": "best"},
+                },
+            ],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    engine_of_cli = run_cli("train", "--config", str(path)).engine
+    assert (tmp_path / "best/best.ckpt").is_file()
+    (stopping,) = [c for c in engine_of_cli.trainer.callbacks if isinstance(c, EarlyStopping)]
+    assert stopping.patience == 1
+    assert math.isfinite(float(stopping.best_score))
+
+
+def test_own_modules_by_config(tmp_path):
+    config = {
+        "model": {
+            "class_path": "Toll",
+            "init_args": {
+                "image_size": 16,
+                "encoder": {"class_path": "torch.nn.Flatten"},
+                "decoder": {
+                    "class_path": "torch.nn.Unflatten",
+                    "init_args": {"dim": 1, "unflattened_size": [3, 16, 16]},
+                },
+            },
+        },
+        "data": {"class_path": "DigitsOneVsRest"},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    model = run_cli("train", "--config", str(path), run=False).model
+    assert isinstance(model.model.network.encoder, nn.Flatten)
+    assert isinstance(model.model.network.decoder, nn.Unflatten)
 
 
 def test_seed_fixes_the_weights_and_leaves_the_global_generator():
@@ -407,8 +482,11 @@ def test_a_corrupted_checkpoint(tmp_path, damage):
     _fit(_toll(), tmp_path).trainer.save_checkpoint(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"no checkpoint")
-    with pytest.raises(Exception, match=r"(?i)corrupt|archive|pickle|load|central directory|weights_only"):
+    with pytest.raises(ValueError, match=r"model\.ckpt is no checkpoint or a truncated one"):
         Toll.load_from_checkpoint(path)
+    # The trainer reads it before any code of the model's; its error says so in its own words.
+    with pytest.raises((RuntimeError, pickle.UnpicklingError), match=r"(?i)corrupt|weights.only load failed"):
+        engine(tmp_path).test(_toll(), datamodule=_digits(), ckpt_path=path)
 
 
 def test_a_failing_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from anomalib.cli import AnomalibCLI
+from contracts import run_cli
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -20,10 +20,10 @@ SMALL = {
 def test_config_trains_and_tests(path, mvtec_root, tmp_path):
     small = [argument.format(mvtec=mvtec_root) for argument in SMALL[path.name]]
     common = ["--config", str(path), *small, "--trainer.enable_progress_bar", "false"]
-    cli = AnomalibCLI(["train", "--model", "Toll", *common])
+    cli = run_cli("train", "--model", "Toll", *common)
     metrics = cli.engine.trainer.callback_metrics
     assert 0 <= float(metrics["image_AUROC"]) <= 1
     assert len(list(tmp_path.rglob("config.yaml"))) == 1
     (checkpoint,) = tmp_path.glob("results/Toll/**/v0/weights/lightning/*.ckpt")
-    again = AnomalibCLI(["test", "--model", "Toll", *common, "--ckpt_path", str(checkpoint)])
+    again = run_cli("test", "--model", "Toll", *common, "--ckpt_path", str(checkpoint))
     assert float(again.engine.trainer.callback_metrics["image_AUROC"]) == pytest.approx(float(metrics["image_AUROC"]))

@@ -70,7 +70,7 @@ class RestoreBestWeights(Callback):
         checkpoint[_TRAINING_STATE] = self._last if self._last is not None else checkpoint["state_dict"]
         checkpoint["state_dict"] = self._best
         # anomalib's components are modules and callbacks at once, and stored as both.
-        keys = {id(callback): callback.state_key for callback in trainer.callbacks}
+        keys = {id(callback): callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
         for name, module in pl_module.named_children():
             key = keys.get(id(module))
             if key in checkpoint.get("callbacks", {}):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
+from zipfile import is_zipfile
 
 import torch
 from anomalib import LearningType
@@ -241,6 +242,18 @@ class Toll(AnomalibModule):
         path: Path = super().to_onnx(*args, **kwargs)
         return path
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Toll:
+        """Load as anomalib does.
+
+        Raises:
+            ValueError: If the file is damaged, or an encoder and a decoder of the user's own are
+                missing from ``kwargs``.
+        """
+        _check_archive(checkpoint_path)
+        model: Toll = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return model
+
     def on_fit_start(self) -> None:
         """Start watching for divergence."""
         super().on_fit_start()
@@ -265,7 +278,7 @@ class Toll(AnomalibModule):
         with batch_norm_fits(self.model, len(batch.image)):
             terms: TollTerms = self.model(batch.image, batch.image_path)
         loss = self.model.loss.score(terms).mean()
-        means = torch.stack([loss, terms.reconstruction.mean(), terms.latent.mean()]).detach().double().cpu()
+        means = torch.stack([loss, terms.reconstruction.mean(), terms.latent.mean()]).detach().cpu().double()
         if self._guard is not None:
             self._guard.check(self.global_step, **dict(zip(_TRAIN_LOGS, means.tolist(), strict=True)))
         self._train_sums += means * len(batch.image)
@@ -348,6 +361,12 @@ class Toll(AnomalibModule):
                 "pass encoder and decoder to Toll, or to load_from_checkpoint"
             )
             raise ValueError(msg)
+
+
+def _check_archive(path: str | Path) -> None:
+    if Path(path).is_file() and not is_zipfile(path):
+        msg = f"{path} is no checkpoint or a truncated one: use another, training keeps the last complete file"
+        raise ValueError(msg)
 
 
 def _is_normal(batch: Batch) -> Tensor:

@@ -49,7 +49,7 @@ class _ExportableResize(nn.Module):
     @staticmethod
     def _weights(n_in: int, n_out: int, like: Tensor) -> Tensor:
         scale = n_in / n_out
-        support = torch.sym_max(scale, 1.0)  # a plain max would tie an export to the example's size
+        support: Any = torch.sym_max(scale, 1.0)  # a plain max would tie an export to the example's size
         centre = (torch.arange(n_out, device=like.device, dtype=like.dtype) + 0.5) * scale
         position = torch.arange(n_in, device=like.device, dtype=like.dtype) + 0.5
         weights = (1 - torch.div((position - centre[:, None]).abs(), support)).relu()

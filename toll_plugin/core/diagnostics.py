@@ -90,15 +90,16 @@ class CollapseMonitor:
             anomalous: Shape ``(N,)``, true for anomalies; by default all are normal.
             exponent: The exponent that ``terms`` were made with.
         """
-        normal = torch.ones(len(x), dtype=torch.bool, device=x.device) if anomalous is None else ~anomalous.bool()
-        reconstruction, latent = (term.double() ** (1 / exponent) for term in terms)
-        self._anomalous.append(latent[~normal].cpu())
+        # Some devices have no double precision.
+        reconstruction, latent = (term.cpu().double() ** (1 / exponent) for term in terms)
+        normal = torch.ones(len(x), dtype=torch.bool) if anomalous is None else ~anomalous.cpu().bool()
+        self._anomalous.append(latent[~normal])
         if not normal.any():
             return
-        self._normal.append(latent[normal].cpu())
+        self._normal.append(latent[normal])
         self._residual += float(reconstruction[normal].square().sum())
         # Pooled mean and spread (Chan et al.): a plain sum of squares cancels for bright images.
-        batch = x[normal].double()
+        batch = x.cpu()[normal].double()
         mean, count = batch.mean(dim=0), len(batch)
         spread = float((batch - mean).square().sum())
         if self._mean is None:

@@ -212,7 +212,7 @@ def fit(
                 guard.keep()
                 history.best_epoch = epoch
                 continue
-            held_out = float(loss.score(terms_of(network, validation, loss)).double().mean())
+            held_out = float(loss.score(terms_of(network, validation, loss)).cpu().double().mean())
             guard.check(first_step, validation=held_out)
             history.validation.append(held_out)
             if held_out < best:
@@ -241,7 +241,9 @@ def _one_epoch(
         with batch_norm_fits(network, len(batch)):
             terms = loss.terms(batch, *network(batch))
         value = loss.score(terms).mean()
-        means = torch.stack([value, terms.reconstruction.mean(), terms.latent.mean()]).detach().double().cpu()
+        means = (
+            torch.stack([value, terms.reconstruction.mean(), terms.latent.mean()]).detach().cpu().double()
+        )  # some devices have no double
         guard.check(step, **dict(zip(("total", "reconstruction", "latent"), means.tolist(), strict=True)))
         stepper.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
