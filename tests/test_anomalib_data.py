@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 from anomalib import TaskType
+from contracts import engine
 from torchvision.transforms.v2 import Compose, RandomErasing, Resize
 
-from toll_plugin.anomalib import DigitsOneVsRest, OneVsRest
-from toll_plugin.anomalib.datamodules import LabelledImages, TensorImageDataset
+from toll_plugin.anomalib import DigitsOneVsRest, OneVsRest, Toll
+from toll_plugin.anomalib.datamodules import LabelledImages
+from toll_plugin.anomalib.datasets import TensorImageDataset
 
 
 def _split(data):
     data.setup()
     return {
-        split: {(int(i.image_path.split("/")[-1][:-4]), bool(i.gt_label)) for i in getattr(data, f"{split}_data")}
+        split: {(int(i.image_path[:-4].split("_")[-1]), bool(i.gt_label)) for i in getattr(data, f"{split}_data")}
         for split in ("train", "val", "test")
         if hasattr(data, f"{split}_data")
     }
@@ -123,6 +125,23 @@ def test_loading_copies_no_global_randomness():
     DigitsOneVsRest(1).setup()
     assert (np.random.get_state()[1] == np_state).all()  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_heat_maps_are_drawn_from_images_in_memory(tmp_path):
+    data = Squares(2)
+    engine(tmp_path, max_epochs=1).train(Toll(image_size=8, seed=0), datamodule=data)
+    drawn = sorted(path.parent.name for path in tmp_path.glob("Toll/Squares/2/v0/images/**/*.png"))
+    assert drawn == ["bad"] * 18 + ["good"] * 6
+
+
+def test_sets_add_up():
+    data = Squares(2)
+    data.setup()
+    both = data.train_data + data.test_data
+    assert len(both) == len(data.train_data) + 24
+    assert torch.equal(both[len(data.train_data)].image, data.test_data[0].image)
+    with pytest.raises(TypeError, match="only a TensorImageDataset"):
+        _ = data.train_data + [1]  # noqa: RUF005  the addition is what is tested
 
 
 @pytest.mark.parametrize(

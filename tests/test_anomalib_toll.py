@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from anomalib import callbacks
 from anomalib.data import Folder, ImageBatch
 from anomalib.models import get_model
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
 from contracts import AnomalibModelContract, checkpoint_of, engine, run_cli
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
+from torchvision.transforms.v2 import Resize
 
 from toll_plugin.anomalib import DigitsOneVsRest, Toll, TollPostProcessor, TollPreProcessor
 from toll_plugin.core import DivergenceError, TollWarning
@@ -172,8 +176,22 @@ def test_thresholds_are_on_the_scores_own_scale():
     assert normals.image_threshold == 65
     assert normals.pixel_threshold == 3
     mixed = _validated(scores, maps, torch.tensor([0, 0, 1]))
-    assert mixed.image_threshold == 65  # the lowest score that keeps every anomaly and no normal
+    assert mixed.image_threshold == 63.5  # halfway between the anomaly and the normal image below it
     assert mixed.pixel_threshold == 2  # normal images only
+    unlabelled = _validated(scores, maps)
+    assert unlabelled.image_threshold == 65
+    assert unlabelled.pixel_threshold == 3
+    blind = _validated(scores, maps, torch.ones(3, dtype=torch.int64))
+    assert blind.pixel_threshold.isnan()  # and not -inf, which would make every map NaN
+    assert blind._normalize(maps, blind.pixel_min, blind.pixel_max, blind.pixel_threshold).isfinite().all()
+
+
+def test_every_anomaly_is_flagged_where_the_scores_separate():
+    scores, labels = torch.tensor([1.0, 2.0, 5.0, 6.0]), torch.tensor([0, 0, 1, 1])
+    post_processor = _validated(scores, torch.rand(4, 1, 2, 2), labels)
+    batch = ImageBatch(image=torch.zeros(4, 3, 2, 2), pred_score=scores, anomaly_map=torch.rand(4, 1, 2, 2))
+    post_processor.post_process_batch(batch)
+    assert batch.pred_label.tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("far", [1e3, 1e5])
@@ -269,6 +287,117 @@ def test_saving_after_the_fit_still_resumes_from_the_last_weights(tmp_path):
         assert torch.equal(resumed.state_dict()[name].nan_to_num(), value.nan_to_num()), name
 
 
+def test_a_weights_only_checkpoint_holds_the_best_weights_too(tmp_path):
+    model, data = _toll(lr=0.3), _digits()
+    # anomalib's class: beside Lightning's own, its engine adds a second one.
+    saver = callbacks.ModelCheckpoint(tmp_path / "w", filename="w", save_weights_only=True)
+    _fit(model, tmp_path, data, max_epochs=12, callbacks=[saver])
+    loaded = Toll.load_from_checkpoint(tmp_path / "w/w.ckpt")
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name].nan_to_num(), value.nan_to_num()), name
+
+
+def test_a_users_own_model_checkpoint_holds_what_it_says(tmp_path):
+    model, seen = _toll(lr=0.3), {}
+    model.on_train_epoch_end = lambda: (
+        Toll.on_train_epoch_end(model),
+        seen.update({model.current_epoch: model.model.network.encoder[0].weight.detach().clone()}),
+    )
+    saver = ModelCheckpoint(tmp_path / "m", monitor="train_loss", filename="{epoch}", save_top_k=-1)
+    _fit(model, tmp_path, max_epochs=8, callbacks=[saver])
+    for epoch, weight in seen.items():
+        stored = torch.load(tmp_path / f"m/epoch={epoch}.ckpt", weights_only=True)["state_dict"]
+        assert torch.equal(stored["model.network.encoder.0.weight"], weight), epoch
+
+
+def test_edits_after_the_fit_are_saved(tmp_path):
+    model = _toll()
+    runner = _fit(model, tmp_path)
+    with torch.no_grad():
+        model.model.network.encoder[0].weight.zero_()
+    runner.trainer.save_checkpoint(tmp_path / "edited.ckpt")
+    assert not Toll.load_from_checkpoint(tmp_path / "edited.ckpt").model.network.encoder[0].weight.any()
+
+
+def test_resuming_without_the_choice_uses_the_last_weights(tmp_path):
+    straight = _toll(lr=0.3, restore_best_weights=False)
+    _fit(straight, tmp_path / "a", max_epochs=12)
+    _fit(_toll(lr=0.3), tmp_path / "b", max_epochs=7)
+    resumed = _toll(seed=9, lr=0.3, restore_best_weights=False)
+    path = checkpoint_of(tmp_path / "b", "Toll", "DigitsOneVsRest", "8")
+    engine(tmp_path / "c", max_epochs=12).fit(resumed, datamodule=_digits(), ckpt_path=path)
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_the_components_of_the_checkpoint_are_restored_whatever_their_class(tmp_path):
+    parts = {
+        "pre_processor": PreProcessor(Resize((16, 16), antialias=True)),
+        "post_processor": PostProcessor(image_sensitivity=0.3),
+    }
+    model = Toll(in_channels=1, seed=0, visualizer=False, **parts)
+    assert model.hparams["image_size"] == (16, 16)
+    _fit(model, tmp_path)
+    loaded = Toll.load_from_checkpoint(checkpoint_of(tmp_path, "Toll", "DigitsOneVsRest", "8")).eval()
+    images = torch.rand(3, 3, 16, 16)
+    torch.testing.assert_close(loaded(images).pred_score, model.eval()(images).pred_score)
+    assert type(loaded.post_processor) is PostProcessor
+    assert loaded.post_processor.image_sensitivity == 0.3
+
+    class Mine(PostProcessor):
+        pass
+
+    model = _toll(post_processor=Mine())
+    _fit(model, tmp_path / "mine")
+    path = checkpoint_of(tmp_path / "mine", "Toll", "DigitsOneVsRest", "8")
+    with pytest.raises(ValueError, match="trained with post_processor of class Mine: pass one"):
+        Toll.load_from_checkpoint(path)
+    assert type(Toll.load_from_checkpoint(path, post_processor=Mine()).post_processor) is Mine
+
+
+def test_overrides_of_a_checkpoints_hyperparameters_count(tmp_path):
+    path = tmp_path / "model.ckpt"
+    _fit(_toll(), tmp_path).trainer.save_checkpoint(path)
+    loaded = Toll.load_from_checkpoint(path, scaling="imagenet")
+    assert loaded.pre_processor.scaling == "imagenet"
+    given = Toll(in_channels=1, pre_processor=TollPreProcessor(8, "paper_mnist"), visualizer=False)
+    assert given.hparams["image_size"] == (8, 8)
+    _fit(given, tmp_path / "given").trainer.save_checkpoint(path)
+    assert Toll.load_from_checkpoint(path).pre_processor.scaling == "paper_mnist"
+
+
+def test_numpy_numbers_are_plain_data_in_the_checkpoint(tmp_path):
+    numbers = {"beta": np.float64(0.1), "lr": np.float32(1e-3), "latent_dim": np.int64(8), "seed": np.int64(1)}
+    path = tmp_path / "model.ckpt"
+    _fit(_toll(**numbers), tmp_path).trainer.save_checkpoint(path)
+    assert Toll.load_from_checkpoint(path).hparams["beta"] == 0.1
+
+
+def test_validation_loaders_may_come_as_a_list(tmp_path):
+    data = _digits()
+    data.setup()
+    model = _toll()
+    runner = engine(tmp_path, max_epochs=1)
+    runner.fit(model, train_dataloaders=data.train_dataloader(), val_dataloaders=[data.val_dataloader()])
+    assert "val_loss" in runner.trainer.callback_metrics
+
+
+@pytest.mark.parametrize("arguments", [{"post_processor": False}, {"pre_processor": False}])
+def test_without_a_component(tmp_path, arguments):
+    model = _toll(**arguments)
+    result = _fit(model, tmp_path, max_epochs=20).test(model, datamodule=_digits(), verbose=False)[0]
+    assert result["image_AUROC"] > 0.6
+    assert model.to_onnx(tmp_path).is_file()
+
+
+def test_one_engine_for_two_models(tmp_path):
+    runner = engine(tmp_path, max_epochs=1)
+    for patience in (1, 5):
+        runner.fit(_toll(patience=patience), datamodule=_digits())
+    (stopping,) = [c for c in runner.trainer.callbacks if isinstance(c, EarlyStopping)]
+    assert stopping.patience == 5
+
+
 def test_patience_stops_and_a_trainers_own_early_stopping_wins(tmp_path):
     runner = _fit(_toll(lr=0.5, patience=2), tmp_path / "a", max_epochs=200)
     assert runner.trainer.current_epoch < 199
@@ -296,8 +425,8 @@ def test_callbacks_on_val_loss_by_config_alone(tmp_path):
             "callbacks": [
                 {"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss", "patience": 1}},
                 {
-                    # anomalib exports a class of the same name, so the short one is ambiguous.
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    # Lightning exports a class of the same name, so the short one is ambiguous.
+                    "class_path": "anomalib.callbacks.ModelCheckpoint",
                     "init_args": {"monitor": "val_loss", "dirpath": str(tmp_path / "best"), "filename": "best"},
                 },
             ],
@@ -381,6 +510,19 @@ def test_divergence_stops_at_once_and_keeps_good_weights(tmp_path):
     assert all(value.isfinite().all() for value in model.model.state_dict().values())
 
 
+def test_divergence_that_validation_sees_first(tmp_path):
+    model, data = _toll(lr=1e20, patience=None), _digits(train_batch_size=500)
+    with pytest.raises(DivergenceError, match="not finite at step"):
+        _fit(model, tmp_path, data, max_epochs=50)
+    assert all(value.abs().max() < 1e3 for value in model.model.parameters())
+
+
+def test_beta_zero_is_not_told_that_its_latent_does_not_separate(tmp_path):
+    model = _toll(beta=0.0)
+    _fit(model, tmp_path, _digits(val_anomalies=True), max_epochs=30)
+    assert model.findings == []
+
+
 def test_failure_signatures_are_warned_of(tmp_path):
     class Mean(nn.Module):
         def __init__(self):
@@ -434,6 +576,7 @@ def test_nan_pixels_are_refused(tmp_path, verb):
         ({"patience": 0}, ValueError, "patience must be at least 1"),
         ({"max_epochs": 0}, ValueError, "max_epochs must be at least 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"pre_processor": False, "scaling": "imagenet"}, ValueError, "scaling reaches the default pre_processor"),
         ({"encoder": nn.Flatten()}, ValueError, "encoder and decoder must be given together, decoder is missing"),
         ({"encoder": nn.Flatten(), "decoder": nn.Flatten()}, ValueError, "decoder must return samples"),
     ],

@@ -136,6 +136,20 @@ def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken):
     assert printed(code).splitlines() == ["['RuntimeWarning']", "Padim"]
 
 
+def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors():
+    code = """
+        import sys
+        sys.modules["toll_plugin.core"] = None
+        import warnings
+        warnings.simplefilter("error", RuntimeWarning)
+        import anomalib.models
+        print(anomalib.models.Padim.__name__)
+    """
+    result = run(code)
+    assert result.stdout.strip() == "Padim"
+    assert "toll_plugin could not register" in result.stderr
+
+
 def test_importing_torch_alone_imports_no_adapter():
     code = """
         import sys, torch

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from toll_plugin.core import Autoencoder, ConvAutoencoder, DenseAutoencoder, DivergenceError, TollLoss, fit, terms_of
-from toll_plugin.core.training import DivergenceGuard
+from toll_plugin.core.divergence import DivergenceGuard
 
 
 def _network(seed: int = 0) -> DenseAutoencoder:
@@ -101,7 +101,7 @@ def test_divergence_keeps_the_last_good_weights():
     assert (again.step, again.last_finite, str(again)) == (error.step, error.last_finite, str(error))
 
 
-def test_divergence_keeps_the_best_epoch_where_there_is_one():
+def test_divergence_keeps_the_epoch_before():
     network, loss = _network(), TollLoss()
 
     class Blows(torch.optim.SGD):
@@ -117,9 +117,21 @@ def test_divergence_keeps_the_best_epoch_where_there_is_one():
     with pytest.raises(DivergenceError):
         fit(network, X, loss, validation=HELD_OUT, optimizer=lambda p: Blows(p, lr=1e-3), max_epochs=50)
     reference = _network()
-    fit(reference, X, loss, validation=HELD_OUT, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3), max_epochs=10)
+    fit(reference, X, loss, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3), max_epochs=10)
     for name, value in network.state_dict().items():
         assert torch.equal(value, reference.state_dict()[name]), name
+
+
+def test_divergence_at_the_very_last_step_is_no_success():
+    class Breaks(torch.optim.SGD):
+        def step(self):
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(torch.inf)
+
+    network = _network()
+    with pytest.raises(DivergenceError, match="at step 0"):
+        fit(network, X, TollLoss(), optimizer=lambda p: Breaks(p, lr=1.0), batch_size=64, max_epochs=1)
+    assert all(value.isfinite().all() for value in network.state_dict().values())
 
 
 def test_guard_refuses_to_keep_broken_weights():
@@ -128,10 +140,11 @@ def test_guard_refuses_to_keep_broken_weights():
     guard = DivergenceGuard(network)
     with torch.no_grad():
         network.weight.fill_(float("nan"))
-    guard.keep()
     with pytest.raises(DivergenceError, match="no step before it was finite"):
-        guard.check(0, total=float("inf"))
+        guard.keep(3)
     assert torch.equal(network.weight, good)
+    with pytest.raises(DivergenceError):
+        guard.check(0, total=float("inf"))
 
 
 def test_terms_do_not_depend_on_the_batch_size():

@@ -49,11 +49,11 @@ def _register() -> None:
 
 
 def _complain(error: Exception) -> None:
-    warnings.warn(
-        f"toll_plugin could not register its models with anomalib: {type(error).__name__}: {error}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    message = f"toll_plugin could not register its models with anomalib: {type(error).__name__}: {error}"
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # warnings are errors here, and an error would break the import
+        sys.stderr.write(message + "\n")
 
 
 class _Finder(MetaPathFinder):

@@ -6,23 +6,21 @@ open a file per image.
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import numpy as np
-import pandas as pd
 import torch
-from anomalib import TaskType
-from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch, ImageItem
+from anomalib.data import AnomalibDataModule, ImageBatch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
-from torchvision.transforms.v2 import Resize, Transform
+from torchvision.transforms.v2 import Transform
 
+from toll_plugin.anomalib.datasets import TensorImageDataset
 from toll_plugin.core.checks import check_finite_float, check_integer
 
-__all__ = ["DigitsOneVsRest", "LabelledImages", "OneVsRest", "TensorImageDataset"]
+__all__ = ["DigitsOneVsRest", "LabelledImages", "OneVsRest"]
 
 
 class LabelledImages(NamedTuple):
@@ -35,92 +33,6 @@ class LabelledImages(NamedTuple):
 
     images: Tensor
     labels: Tensor
-
-
-class TensorImageDataset(AnomalibDataset):
-    """An anomalib data set over images in memory.
-
-    Args:
-        images: ``(N, C, H, W)``, uint8 or float, 1 or 3 channels. Not copied.
-        anomalous: ``(N,)``, true where the image is anomalous.
-        names: What stands for each image's path in results and heat maps.
-        augmentations: Transforms applied per image.
-
-    Example:
-        >>> data = TensorImageDataset(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.bool))
-        >>> tuple(data[0].image.shape), int(data[0].gt_label)
-        ((3, 8, 8), 0)
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        anomalous: Tensor,
-        names: Sequence[str] | None = None,
-        augmentations: Transform | None = None,
-    ) -> None:
-        super().__init__(augmentations=augmentations)
-        self._images = images
-        self._anomalous = anomalous.bool()
-        paths = [f"{i:06d}.png" for i in range(len(images))] if names is None else list(names)
-        # Past the property's setter, which insists that every path is a file.
-        self._samples = pd.DataFrame(
-            {
-                "image_path": paths,
-                "split": "",
-                "label": np.where(self._anomalous, "anomalous", "normal"),
-                "label_index": self._anomalous.long().numpy(),
-                "mask_path": "",
-            }
-        )
-        self._samples.attrs["task"] = TaskType.CLASSIFICATION
-        # What a batch needs, beside the table: a row of it costs more than an image.
-        self._position = torch.arange(len(images))
-        self._paths = np.array(paths, dtype=object)
-
-    def subsample(self, indices: Sequence[int], inplace: bool = False) -> TensorImageDataset:
-        """The data set of some of the samples; the images are shared, not copied."""
-        if len(set(indices)) != len(indices):
-            msg = "indices must hold no duplicates"
-            raise ValueError(msg)
-        chosen = self if inplace else copy.copy(self)
-        chosen._samples = self.samples.iloc[list(indices)].reset_index(drop=True)
-        chosen._samples.attrs.update(self.samples.attrs)
-        chosen._position = self._position[list(indices)]
-        chosen._paths = self._paths[list(indices)]
-        return chosen
-
-    def __getitem__(self, index: int) -> ImageItem:
-        """One image with its label."""
-        return next(iter(self.__getitems__([index])))
-
-    def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
-        """A whole batch at once, which the data loader asks for where it can."""
-        position = self._position[list(indices)]
-        images = self._images[position]
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
-        if isinstance(self.augmentations, Resize):
-            images = self.augmentations(images)
-        elif self.augmentations is not None:
-            # A random transform draws once per call, so it must see one image at a time.
-            images = torch.stack([self.augmentations(image) for image in images])
-        return ImageBatch(
-            image=images,
-            gt_label=self._anomalous[position],
-            image_path=self._paths[list(indices)].tolist(),
-        )
-
-    @property
-    def collate_fn(self) -> Callable[[ImageBatch], ImageBatch]:
-        """Nothing to collate: batches come whole."""
-        return _as_is
-
-
-def _as_is(batch: ImageBatch) -> ImageBatch:
-    return batch
 
 
 class OneVsRest(AnomalibDataModule):
@@ -186,6 +98,7 @@ class OneVsRest(AnomalibDataModule):
         self.test_ratio = test_ratio
         self.val_anomalies = val_anomalies
         self._category = str(normal_class)
+        self._image_folder: TemporaryDirectory[str] | None = None
 
     @abstractmethod
     def load(self) -> tuple[LabelledImages, LabelledImages | None]:
@@ -225,10 +138,22 @@ class OneVsRest(AnomalibDataModule):
     def _dataset(self, part: LabelledImages, index: Tensor, split: str) -> TensorImageDataset:
         index = torch.sort(index)[0]
         labels = part.labels[index]
-        names = [f"{self.name}/{split}/{c}/{i:06d}.png" for c, i in zip(labels.tolist(), index.tolist(), strict=True)]
+        names = [
+            f"{self.name}/{split}/{'good' if c == self.normal_class else 'bad'}/{c}_{i:06d}.png"
+            for c, i in zip(labels.tolist(), index.tolist(), strict=True)
+        ]
         dataset = TensorImageDataset(part.images[index], labels != self.normal_class, names)
         dataset.category = self.category
         return dataset
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the splits; write the test images to files if the model draws on them."""
+        super().setup(stage)
+        model = getattr(self.trainer, "lightning_module", None)
+        draws = stage in ("test", "predict") and getattr(model, "visualizer", None) is not None
+        if draws and self._image_folder is None:
+            self._image_folder = TemporaryDirectory(prefix="one_vs_rest_")
+            self.test_data.write_images(Path(self._image_folder.name))
 
     def _create_test_split(self) -> None:
         """Splits are made above, by class."""

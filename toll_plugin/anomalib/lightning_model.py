@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
-from zipfile import is_zipfile
 
 import torch
 from anomalib import LearningType
@@ -19,20 +19,22 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from toll_plugin.anomalib.callbacks import RestoreBestWeights
+from toll_plugin.anomalib.callbacks import TRAINING_STATE, RestoreBestWeights
+from toll_plugin.anomalib.checkpoints import check_archive, restore_components, store_components
 from toll_plugin.anomalib.post_processor import TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.anomalib.torch_model import TollModel
 from toll_plugin.core.checks import check_finite_float, check_image_size, check_integer, check_option
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
+from toll_plugin.core.divergence import DivergenceGuard
 from toll_plugin.core.modes import batch_norm_fits, evaluating
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
-from toll_plugin.core.training import DivergenceGuard
 
 __all__ = ["Toll"]
 
@@ -54,7 +56,8 @@ class Toll(AnomalibModule):
 
     Args:
         image_size: ``(height, width)`` in pixels the image is resized to, or one integer.
-            Default 256. ``network="conv"`` takes any size from 8; the authors' take theirs.
+            Default: that of a ``pre_processor`` you pass, else 256. ``network="conv"`` takes any
+            size from 8; the authors' take theirs.
         in_channels: 3 (default), or 1 for grey images: the model averages the three channels
             that anomalib's batches always have.
         latent_dim: Length of the latent. Default 32.
@@ -74,12 +77,14 @@ class Toll(AnomalibModule):
         scaling_range: ``(minimum, maximum)`` for ``"paper_cifar"``, see
             :func:`toll_plugin.core.contrast_range`.
         restore_best_weights: Use the weights of the lowest ``val_loss``. Default true.
-        patience: Epochs without a lower ``val_loss`` before training stops, unless the trainer
-            has an ``EarlyStopping`` of its own. Default 20; ``None`` never stops.
+        patience: Validations (epochs, unless the trainer validates less often) without a lower
+            ``val_loss`` before training stops, unless the trainer has an ``EarlyStopping`` of its
+            own. Default 20; ``None`` never stops.
         max_epochs: Overrides the trainer's, for callers without a trainer section such as
             ``anomalib benchmark``. Default ``None``.
         seed: Of the initial weights; the global generator is not used then. Default ``None``.
-        pre_processor: True (default) resizes and scales as above.
+        pre_processor: True (default) resizes and scales as above. With one of your own, or
+            ``False``, leave ``scaling`` alone.
         post_processor: True (default) is :class:`TollPostProcessor`.
         evaluator: True (default) tests image and pixel AUROC and F1.
         visualizer: True (default) writes heat maps in test and predict.
@@ -100,7 +105,7 @@ class Toll(AnomalibModule):
 
     def __init__(
         self,
-        image_size: int | tuple[int, int] = (256, 256),
+        image_size: int | tuple[int, int] | None = None,
         in_channels: int = 3,
         latent_dim: int = 32,
         network: NetworkName = "conv",
@@ -121,11 +126,28 @@ class Toll(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        image_size = check_image_size("image_size", image_size)
+        # The base class records these variables as hyperparameters, which must be plain data to
+        # load under weights_only: numbers are made Python's own, and modules are taken out.
+        beta = check_finite_float("beta", beta, minimum=0)
+        lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
+        exponent = check_integer("exponent", exponent, minimum=1)
+        latent_dim = check_integer("latent_dim", latent_dim, minimum=1)
+        in_channels = check_integer("in_channels", in_channels, minimum=1)
+        patience = None if patience is None else check_integer("patience", patience, minimum=1)
+        max_epochs = None if max_epochs is None else check_integer("max_epochs", max_epochs, minimum=1)
+        seed = None if seed is None else check_integer("seed", seed, minimum=0)
+        check_option("in_channels", in_channels, (1, 3))
+        check_option("score_term", score_term, get_args(ScoreTerm))
+        check_option("network", network, get_args(NetworkName))
+        if isinstance(pre_processor, TollPreProcessor):
+            scaling, scaling_range = pre_processor.scaling, pre_processor.scaling_range
+        elif pre_processor is not True and (scaling, scaling_range) != ("unit", None):
+            msg = f"scaling reaches the default pre_processor only, got scaling={scaling!r} and another pre_processor"
+            raise ValueError(msg)
+        image_size = check_image_size("image_size", _size_of(pre_processor) if image_size is None else image_size)
         if pre_processor is True:
             pre_processor = TollPreProcessor(image_size, scaling, scaling_range)
-        # The base class records the constructor's variables as hyperparameters, which must be
-        # plain data to load under weights_only; modules are not.
+            scaling_range = pre_processor.scaling_range
         modules = (encoder, decoder)
         encoder = decoder = None
         super().__init__(
@@ -134,25 +156,19 @@ class Toll(AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        check_option("in_channels", in_channels, (1, 3))
-        check_option("score_term", score_term, get_args(ScoreTerm))
-        for name, value in (("patience", patience), ("max_epochs", max_epochs)):
-            if value is not None:
-                check_integer(name, value, minimum=1)
-        if seed is not None:
-            check_integer("seed", seed, minimum=0)
-        self._own_network = modules != (None, None)
-        self.lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
+        self.lr = lr
         self.patience = patience
         self.max_epochs = max_epochs
-        self._best_weights = RestoreBestWeights("val_loss") if restore_best_weights else None
+        self.findings: list[Finding] = []
         self.model: TollModel = TollModel(
             self._network(network, *modules, (in_channels, *image_size), latent_dim, seed),
             TollLoss(beta, exponent=exponent),
             score_term,
         )
         self.val_loss, self.val_reconstruction, self.val_latent = MeanMetric(), MeanMetric(), MeanMetric()
-        self.findings: list[Finding] = []
+        self._image_size = image_size
+        self._own_network = modules != (None, None)
+        self._best_weights = RestoreBestWeights("val_loss") if restore_best_weights else None
         self._guard: DivergenceGuard | None = None
         self._train_sums, self._train_count = torch.zeros(3, dtype=torch.float64), 0
 
@@ -165,7 +181,6 @@ class Toll(AnomalibModule):
         latent_dim: int,
         seed: int | None,
     ) -> nn.Module:
-        check_option("network", name, get_args(NetworkName))
         if (encoder is None) != (decoder is None):
             missing = "decoder" if decoder is None else "encoder"
             msg = f"encoder and decoder must be given together, {missing} is missing"
@@ -211,7 +226,8 @@ class Toll(AnomalibModule):
         return Evaluator(
             test_metrics=[
                 AUROC(fields=["pred_score", "gt_label"], prefix="image_", normalization=None),
-                F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+                # There is no label to compare where the post-processor is switched off.
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
                 AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False, normalization=None),
                 F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
             ]
@@ -222,24 +238,34 @@ class Toll(AnomalibModule):
         callbacks = list(super().configure_callbacks())
         if self._best_weights is not None:
             callbacks.append(self._best_weights)
-        theirs = [c for c in self.trainer.callbacks if isinstance(c, EarlyStopping)]
+        callbacks_there = self.trainer.callbacks
+        theirs = [c for c in callbacks_there if isinstance(c, EarlyStopping) and not isinstance(c, _StopByValLoss)]
         if self.patience is not None and not theirs:
             # Not strict: without a validation split there is no val_loss, and nothing to stop by.
-            callbacks.append(EarlyStopping("val_loss", patience=self.patience, strict=False))
+            callbacks.append(_StopByValLoss("val_loss", patience=self.patience, strict=False))
         return callbacks
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, as the authors."""
         return torch.optim.Adam(self.model.parameters(), lr=self.lr)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+    def to_onnx(
+        self,
+        export_root: str | Path,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
         """Export as anomalib does, at the exporter's own opset.
 
         anomalib asks for opset 14, to which torch's exporter has to convert down; that fails,
-        prints a traceback, and leaves opset 18 anyway.
+        prints a traceback, and leaves opset 18 anyway. Without a pre-processor nothing resizes,
+        and the export takes images of the network's size.
         """
         kwargs.setdefault("opset_version", 18)
-        path: Path = super().to_onnx(*args, **kwargs)
+        if input_size is None and self.pre_processor is None:
+            input_size = self._image_size
+        path: Path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
         return path
 
     @classmethod
@@ -247,10 +273,10 @@ class Toll(AnomalibModule):
         """Load as anomalib does.
 
         Raises:
-            ValueError: If the file is damaged, or an encoder and a decoder of the user's own are
-                missing from ``kwargs``.
+            ValueError: If the file is damaged, or what the checkpoint does not store (an encoder
+                and a decoder, a pre- or post-processor of a class of your own) is not passed.
         """
-        _check_archive(checkpoint_path)
+        check_archive(checkpoint_path)
         model: Toll = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return model
 
@@ -264,7 +290,7 @@ class Toll(AnomalibModule):
         super().on_train_epoch_start()
         self._train_sums, self._train_count = torch.zeros(3, dtype=torch.float64), 0
         if self._guard is not None:
-            self._guard.keep()
+            self._guard.keep(self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch of normal images.
@@ -288,7 +314,7 @@ class Toll(AnomalibModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means; Lightning's logging at each step costs more than a small network's step."""
         super().on_train_epoch_end()
-        means = (self._train_sums / self._train_count).float()
+        means = (self._train_sums / self._train_count).float().to(self.device)
         self.log_dict(dict(zip(_TRAIN_LOGS, means, strict=True)), prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
@@ -318,13 +344,18 @@ class Toll(AnomalibModule):
         for name in ("val_loss", "val_reconstruction", "val_latent"):
             metric: MeanMetric = getattr(self, name)
             if metric.update_called:
-                self.log(name, metric.compute(), prog_bar=name == "val_loss")
+                value = metric.compute()
+                if self._guard is not None:
+                    self._guard.check(self.global_step, **{name: float(value)})
+                self.log(name, value, prog_bar=name == "val_loss")
                 metric.reset()
 
     def on_fit_end(self) -> None:
         """Look for the method's failure signatures in the weights that were chosen."""
         super().on_fit_end()
-        self._guard = None
+        if self._guard is not None:
+            self._guard.keep(self.global_step)
+            self._guard = None
         if self.trainer.fast_dev_run:
             return
         self.findings = self._diagnose()
@@ -333,40 +364,55 @@ class Toll(AnomalibModule):
 
     def _diagnose(self) -> list[Finding]:
         monitor = CollapseMonitor()
-        batches = self.trainer.val_dataloaders or []
+        loaders = self.trainer.val_dataloaders or []
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         with evaluating(self.model), torch.no_grad():
-            for index, loaded in enumerate(islice(batches, int(min(self.trainer.num_val_batches, default=0)))):
-                batch = self.trainer.strategy.batch_to_device(loaded, self.device)
-                if isinstance(self.pre_processor, PreProcessor):
-                    self.pre_processor.on_validation_batch_start(self.trainer, self, batch, index)
-                x, _, terms = self.model.reconstruct(batch.image)
-                monitor.update(x, terms, ~_is_normal(batch), exponent=self.model.loss.exponent)
-        return monitor.findings()
+            for loader, limit in zip(loaders, self.trainer.num_val_batches, strict=False):
+                for index, loaded in enumerate(islice(loader, None if limit == math.inf else int(limit))):
+                    batch = self.trainer.strategy.batch_to_device(loaded, self.device)
+                    if isinstance(self.pre_processor, PreProcessor):
+                        self.pre_processor.on_validation_batch_start(self.trainer, self, batch, index)
+                    x, _, terms = self.model.reconstruct(batch.image)
+                    monitor.update(x, terms, ~_is_normal(batch), exponent=self.model.loss.exponent)
+        # Where the score has no latent term it need not separate anything.
+        scored = self.model.loss.beta > 0 and self.model.score_term != "reconstruction"
+        return [f for f in monitor.findings() if scored or f.signature != "latent_does_not_separate"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note whether the network is the user's own, which hyperparameters cannot hold."""
+        """Choose the weights, and note what hyperparameters cannot hold."""
         super().on_save_checkpoint(checkpoint)
+        if self._best_weights is not None and self._trainer is not None:
+            self._best_weights.on_save_checkpoint(self.trainer, self, checkpoint)
+        store_components(self, checkpoint)
         checkpoint[_OWN_NETWORK] = self._own_network
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another kind of network.
+        """Refuse what the model cannot become, and fit it to what it can.
 
         Raises:
-            ValueError: If it was trained with an encoder and decoder that were not passed.
+            ValueError: If the checkpoint was trained with modules that were not passed.
         """
-        super().on_load_checkpoint(checkpoint)
         if checkpoint.get(_OWN_NETWORK, False) and not self._own_network:
             msg = (
                 "the checkpoint was trained with an encoder and a decoder of your own, which it does not store: "
                 "pass encoder and decoder to Toll, or to load_from_checkpoint"
             )
             raise ValueError(msg)
+        restore_components(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)
+        resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if resumes and self._best_weights is None and TRAINING_STATE in checkpoint:
+            checkpoint["state_dict"] = checkpoint[TRAINING_STATE]
 
 
-def _check_archive(path: str | Path) -> None:
-    if Path(path).is_file() and not is_zipfile(path):
-        msg = f"{path} is no checkpoint or a truncated one: use another, training keeps the last complete file"
-        raise ValueError(msg)
+class _StopByValLoss(EarlyStopping):
+    """The model's own early stopping, told apart from a user's."""
+
+
+def _size_of(pre_processor: nn.Module | bool) -> tuple[int, int]:
+    transform = getattr(pre_processor, "transform", None)
+    size = (1, 1) if transform is None else tuple(transform(torch.zeros(1, 3, 1, 1)).shape[-2:])
+    return (256, 256) if size == (1, 1) else size
 
 
 def _is_normal(batch: Batch) -> Tensor:

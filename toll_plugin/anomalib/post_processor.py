@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import Batch, ImageBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
@@ -27,15 +27,18 @@ class _ScoreThreshold(F1AdaptiveThreshold):
             self.value: Tensor = dim_zero_cat(self.preds).max()
             return self.value
         threshold: Tensor = super().compute()
-        return threshold
+        # anomalib finds the score from which on to flag, and flags what lies above it.
+        lower = (preds := dim_zero_cat(self.preds))[preds < threshold]
+        return (threshold + lower.max()) / 2 if len(lower) else threshold - 1
 
 
 class TollPostProcessor(PostProcessor):
     r"""anomalib's post-processor, with three differences.
 
     - Thresholds are found on the scores themselves. anomalib's squeeze scores outside [0, 1]
-      through a sigmoid first, after which a threshold on a score of 60 is 1. With normal images
-      only, the threshold is the largest of their scores.
+      through a sigmoid first, after which a threshold on a score of 60 is 1. With normal or
+      unlabelled images only, the threshold is the largest of their scores; with anomalies, it is
+      anomalib's best F1, taken halfway to the next lower score so that it flags what it should.
     - Normalisation keeps the ranking: with the threshold :math:`t` and the range :math:`r` of
       the validation scores, :math:`\frac12(1 + \frac{u}{1 + |u|})`, :math:`u = 2(s - t)/r`. It
       has anomalib's value and slope at the threshold (0.5), and no ties where anomalib clips
@@ -50,7 +53,8 @@ class TollPostProcessor(PostProcessor):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        # Score and map have different units, so neither threshold can stand in for the other.
+        super().__init__(**{"enable_threshold_matching": False} | kwargs)
         self._image_threshold_metric = _ScoreThreshold("pred_score", "gt_label")
         self._pixel_threshold_metric = _ScoreThreshold("anomaly_map", "gt_mask")
         self._normal_pixel_max = MaxMetric()
@@ -60,6 +64,10 @@ class TollPostProcessor(PostProcessor):
     ) -> None:
         """Collect what thresholds and normalisation are made from."""
         super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        if self.enable_thresholding and outputs.gt_label is None:
+            normal = torch.zeros(len(outputs.image), dtype=torch.int64, device=outputs.image.device)
+            unlabelled = ImageBatch(image=outputs.image, pred_score=outputs.pred_score, gt_label=normal)
+            self._image_threshold_metric.update(unlabelled)
         if outputs.anomaly_map is None:
             return
         maps = outputs.anomaly_map.as_subclass(Tensor)
@@ -72,7 +80,7 @@ class TollPostProcessor(PostProcessor):
         """Compute thresholds and ranges."""
         has_masks = self._pixel_threshold_metric.update_called
         super().on_validation_epoch_end(trainer, pl_module)
-        if self.enable_thresholding and not has_masks:
+        if self.enable_thresholding and not has_masks and self._normal_pixel_max.update_called:
             self._pixel_threshold.copy_(self._normal_pixel_max.compute())
         self._normal_pixel_max.reset()
 

@@ -98,16 +98,17 @@ class TollPreProcessor(PreProcessor):
         scaling_range: Sequence[float] | None,
     ) -> None:
         size = check_image_size("image_size", image_size)
-        scale = self._scaling = ImageScaling(scaling, scaling_range)
+        scale = ImageScaling(scaling, scaling_range)
         self.image_size = size
+        self.scaling = scale.name
+        self.scaling_range = scale.value_range
         self.transform = Compose([Resize(list(size), antialias=True), _Scale(scale)])
         self.export_transform = nn.Sequential(_ExportableResize(size), scale)
 
     def checkpoint_config(self) -> dict[str, Any]:
         """Plain data from which :meth:`load_checkpoint_config` restores this object."""
-        scale = self._scaling
-        value_range = None if scale.value_range is None else list(scale.value_range)
-        return {"image_size": list(self.image_size), "scaling": scale.name, "scaling_range": value_range}
+        value_range = None if self.scaling_range is None else list(self.scaling_range)
+        return {"image_size": list(self.image_size), "scaling": self.scaling, "scaling_range": value_range}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore what :meth:`checkpoint_config` returned."""

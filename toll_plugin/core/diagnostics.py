@@ -56,7 +56,7 @@ class CollapseMonitor:
 
     The first two need at least two normal samples, the third two of each kind. A diverging
     loss, the fourth signature, stops the fit instead
-    (:class:`toll_plugin.core.training.DivergenceError`).
+    (:class:`toll_plugin.core.DivergenceError`).
 
     Example:
         >>> import torch

@@ -117,7 +117,7 @@ class TollLoss(nn.Module):
 
     Args:
         beta: Weight of the latent term, at least 0. It is tied to the scale of the data; the
-            authors use 10 to 1000 with unnormalised norms (section 4, per data set). Default 1.
+            authors use 10 to 1000 with unnormalised norms (section 4, per data set). Default 0.01.
         exponent: ``p``, 1 (default, the authors' code) or 2.
 
     Shape:
@@ -134,11 +134,11 @@ class TollLoss(nn.Module):
         tensor(12.)
     """
 
-    def __init__(self, beta: float = 1.0, *, exponent: int = 1) -> None:
+    def __init__(self, beta: float = 0.01, *, exponent: int = 1) -> None:
         super().__init__()
         check_option("exponent", exponent, (1, 2))
         self.beta = check_finite_float("beta", beta, minimum=0)
-        self.exponent = exponent
+        self.exponent = int(exponent)
 
     def terms(self, x: Tensor, reconstruction: Tensor, latent: Tensor) -> TollTerms:
         """Unweighted per-sample terms, see :func:`toll_terms`."""

@@ -1,7 +1,4 @@
-"""Fit and score with plain torch: no host, no global state.
-
-What a host's own loop needs too (the check for divergence) is usable alone.
-"""
+"""Fit and score with plain torch: no host, no global state."""
 
 from __future__ import annotations
 
@@ -13,83 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_integer
+from toll_plugin.core.divergence import DivergenceGuard, snapshot
 from toll_plugin.core.modes import batch_norm_fits, evaluating, training
 from toll_plugin.core.networks import check_input
 from toll_plugin.core.objective import TollLoss, TollTerms
 
-__all__ = ["DivergenceError", "DivergenceGuard", "History", "fit", "snapshot", "terms_of"]
-
-
-class DivergenceError(ArithmeticError):
-    """The loss stopped being finite; the network holds its last good weights.
-
-    Attributes:
-        step: Step, counted from 0, at which the loss was not finite.
-        last_finite: Total, reconstruction and latent term of the last finite step, if any.
-    """
-
-    def __init__(self, step: int, last_finite: dict[str, float] | None) -> None:
-        self.step = step
-        self.last_finite = last_finite
-        before = (
-            "no step before it was finite"
-            if last_finite is None
-            else "the last finite values were " + ", ".join(f"{k} {v:.6g}" for k, v in last_finite.items())
-        )
-        super().__init__(
-            f"training diverged: the loss was not finite at step {step}; {before}. "
-            "The last good weights were kept; lower the learning rate or beta"
-        )
-
-    def __reduce__(self) -> tuple[type[DivergenceError], tuple[int, dict[str, float] | None]]:
-        return type(self), (self.step, self.last_finite)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a module's state that later steps do not touch."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-class DivergenceGuard:
-    """Watch each step's loss and keep the last good weights of a network.
-
-    Call :meth:`check` before the optimiser's step and :meth:`keep` now and then (an epoch).
-
-    Args:
-        network: Module whose weights are kept and put back.
-
-    Example:
-        >>> import torch
-        >>> net = torch.nn.Linear(1, 1)
-        >>> guard = DivergenceGuard(net)
-        >>> guard.check(0, total=1.0, reconstruction=0.5, latent=0.5)
-        >>> guard.check(1, total=float("nan"), reconstruction=0.5, latent=0.5)
-        Traceback (most recent call last):
-        toll_plugin.core.training.DivergenceError: training diverged: the loss was not finite ...
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._last: dict[str, float] | None = None
-        self._good = snapshot(network)
-
-    def keep(self) -> None:
-        """Remember the weights as good, unless one of them is not finite."""
-        state = snapshot(self._network)
-        if all(bool(value.isfinite().all()) for value in state.values()):
-            self._good = state
-
-    def check(self, step: int, **values: float) -> None:
-        """Accept finite ``values``; otherwise restore the weights and raise.
-
-        Raises:
-            DivergenceError: If one of ``values`` is not finite.
-        """
-        if all(math.isfinite(value) for value in values.values()):
-            self._last = values
-            return
-        self._network.load_state_dict(self._good)
-        raise DivergenceError(step, self._last)
+__all__ = ["History", "fit", "terms_of"]
 
 
 @dataclass
@@ -174,7 +100,7 @@ def fit(
 
     Raises:
         DivergenceError: If the loss stops being finite; the network then holds the weights
-            of the best epoch before it.
+            of the last epoch before it.
         ValueError: If an argument is out of range or samples do not fit the network.
 
     Example:
@@ -208,16 +134,16 @@ def fit(
             order = torch.randperm(len(x), generator=generator).to(x.device)
             first_step = epoch * math.ceil(len(x) / batch_size)
             _one_epoch(network, x, torch.split(order, batch_size), loss, stepper, guard, history, first_step)
+            last_step = first_step + math.ceil(len(x) / batch_size) - 1
+            guard.keep(last_step)
             if validation is None:
-                guard.keep()
                 history.best_epoch = epoch
                 continue
             held_out = float(loss.score(terms_of(network, validation, loss)).cpu().double().mean())
-            guard.check(first_step, validation=held_out)
+            guard.check(last_step, validation=held_out)
             history.validation.append(held_out)
             if held_out < best:
                 best, best_state, history.best_epoch = held_out, snapshot(network), epoch
-                guard.keep()
             elif patience is not None and epoch - history.best_epoch >= patience:
                 break
     if best_state is not None:
