@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from anomalib import LearningType
@@ -27,18 +27,14 @@ from toll_plugin.anomalib.callbacks import TRAINING_STATE, RestoreBestWeights
 from toll_plugin.anomalib.checkpoints import check_archive, restore_components, store_components
 from toll_plugin.anomalib.post_processor import TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
-from toll_plugin.anomalib.torch_model import TollModel
+from toll_plugin.anomalib.torch_model import NetworkName, TollModel, build_network
 from toll_plugin.core.checks import check_finite_float, check_image_size, check_integer, check_option
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
 from toll_plugin.core.divergence import DivergenceGuard
 from toll_plugin.core.modes import batch_norm_fits, evaluating
-from toll_plugin.core.networks import Autoencoder, ConvAutoencoder
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
-from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
 
 __all__ = ["Toll"]
-
-NetworkName = Literal["conv", "paper28", "paper32"]
 
 _OWN_NETWORK = "toll_own_network"
 _TRAIN_LOGS = ("train_loss", "train_reconstruction", "train_latent")
@@ -161,7 +157,7 @@ class Toll(AnomalibModule):
         self.max_epochs = max_epochs
         self.findings: list[Finding] = []
         self.model: TollModel = TollModel(
-            self._network(network, *modules, (in_channels, *image_size), latent_dim, seed),
+            build_network(network, *modules, (in_channels, *image_size), latent_dim, seed),
             TollLoss(beta, exponent=exponent),
             score_term,
         )
@@ -171,35 +167,6 @@ class Toll(AnomalibModule):
         self._best_weights = RestoreBestWeights("val_loss") if restore_best_weights else None
         self._guard: DivergenceGuard | None = None
         self._train_sums, self._train_count = torch.zeros(3, dtype=torch.float64), 0
-
-    @staticmethod
-    def _network(
-        name: NetworkName,
-        encoder: nn.Module | None,
-        decoder: nn.Module | None,
-        input_shape: tuple[int, int, int],
-        latent_dim: int,
-        seed: int | None,
-    ) -> nn.Module:
-        if (encoder is None) != (decoder is None):
-            missing = "decoder" if decoder is None else "encoder"
-            msg = f"encoder and decoder must be given together, {missing} is missing"
-            raise ValueError(msg)
-        if encoder is not None and decoder is not None:
-            return Autoencoder(encoder, decoder, input_shape=input_shape)
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
-            if name == "conv":
-                return ConvAutoencoder(input_shape[1:], input_shape[0], latent_dim)
-            paper = (Paper28Autoencoder if name == "paper28" else Paper32Autoencoder)(latent_dim)
-        if paper.input_shape != input_shape:
-            msg = (
-                f"network={name!r} takes (in_channels, height, width) = {paper.input_shape}, "
-                f"got in_channels={input_shape[0]} and image_size={input_shape[1:]}"
-            )
-            raise ValueError(msg)
-        return paper
 
     @property
     def learning_type(self) -> LearningType:
@@ -343,8 +310,11 @@ class Toll(AnomalibModule):
         super().on_validation_epoch_end()
         for name in ("val_loss", "val_reconstruction", "val_latent"):
             metric: MeanMetric = getattr(self, name)
-            if metric.update_called:
+            # All processes have to compute, or those that do wait for the others.
+            if metric.update_called or self.trainer.world_size > 1:
                 value = metric.compute()
+                if bool(value.isnan()) and not metric.update_called:
+                    continue  # no process has seen a normal image
                 if self._guard is not None:
                     self._guard.check(self.global_step, **{name: float(value)})
                 self.log(name, value, prog_bar=name == "val_loss")

@@ -1,18 +1,57 @@
-"""The torch model: images in, per-sample terms or a score and an anomaly map out."""
+"""The torch model: a network by name, and images in, terms or a score and an anomaly map out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torchvision.tv_tensors import TVTensor
 
-from toll_plugin.core.networks import check_input
+from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, check_input
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
+from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
 
-__all__ = ["TollModel"]
+__all__ = ["NetworkName", "TollModel", "build_network"]
+
+NetworkName = Literal["conv", "paper28", "paper32"]
+
+
+def build_network(
+    name: NetworkName,
+    encoder: nn.Module | None,
+    decoder: nn.Module | None,
+    input_shape: tuple[int, int, int],
+    latent_dim: int,
+    seed: int | None,
+) -> nn.Module:
+    """The network that the arguments of :class:`toll_plugin.anomalib.Toll` describe.
+
+    Raises:
+        ValueError: If the modules do not fit each other or the input, or the authors' network is
+            asked for with another input than its own.
+    """
+    if (encoder is None) != (decoder is None):
+        missing = "decoder" if decoder is None else "encoder"
+        msg = f"encoder and decoder must be given together, {missing} is missing"
+        raise ValueError(msg)
+    if encoder is not None and decoder is not None:
+        return Autoencoder(encoder, decoder, input_shape=input_shape)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        if name == "conv":
+            return ConvAutoencoder(input_shape[1:], input_shape[0], latent_dim)
+        paper = (Paper28Autoencoder if name == "paper28" else Paper32Autoencoder)(latent_dim)
+    if paper.input_shape != input_shape:
+        msg = (
+            f"network={name!r} takes (in_channels, height, width) = {paper.input_shape}, "
+            f"got in_channels={input_shape[0]} and image_size={input_shape[1:]}"
+        )
+        raise ValueError(msg)
+    return paper
 
 
 class TollModel(nn.Module):
