@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quiet import quiet_engine
 from benchmarks.records import RESULTS, finish, provenance
 
 
@@ -16,7 +17,6 @@ def _toll(normal_class: int, seed: int, beta: float, max_epochs: int) -> dict[st
     import warnings
 
     import torch
-    from anomalib.engine import Engine
 
     from toll_plugin.anomalib import DigitsOneVsRest, Toll
 
@@ -26,14 +26,7 @@ def _toll(normal_class: int, seed: int, beta: float, max_epochs: int) -> dict[st
         warnings.simplefilter("ignore")
         data = DigitsOneVsRest(normal_class, seed=seed)
         model = Toll(image_size=8, in_channels=1, beta=beta, seed=seed, visualizer=False)
-        engine = Engine(
-            default_root_dir=folder,
-            max_epochs=max_epochs,
-            accelerator="cpu",
-            devices=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        engine = quiet_engine(folder, max_epochs)
         start = time.perf_counter()
         engine.fit(model, datamodule=data)
         seconds = time.perf_counter() - start

@@ -9,23 +9,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quiet import quiet_engine
 from benchmarks.records import RESULTS, finish, provenance
 
 
 def _engine(image_size: int, max_epochs: int) -> float:
-    from anomalib.engine import Engine
-
     from toll_plugin.anomalib import DigitsOneVsRest, Toll
 
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(
-            default_root_dir=folder,
-            max_epochs=max_epochs,
-            accelerator="cpu",
-            devices=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        engine = quiet_engine(folder, max_epochs)
         model = Toll(image_size=image_size, in_channels=1, seed=0, visualizer=False, patience=None)
         data = DigitsOneVsRest(8)
         start = time.perf_counter()
