@@ -134,6 +134,15 @@ def test_divergence_at_the_very_last_step_is_no_success():
     assert all(value.isfinite().all() for value in network.state_dict().values())
 
 
+def test_divergence_that_validation_sees_first():
+    network = Autoencoder(nn.Linear(6, 2), nn.Linear(2, 6))
+    with pytest.raises(DivergenceError, match=r"total .* latent") as caught:
+        fit(network, X, TollLoss(), validation=HELD_OUT, lr=1e20, batch_size=64, max_epochs=50)
+    # Weights of 1e20 are finite; good ones they are not.
+    assert all(value.abs().max() < 1e3 for value in network.parameters())
+    assert {"total", "reconstruction", "latent"} <= set(caught.value.last_finite)
+
+
 def test_guard_refuses_to_keep_broken_weights():
     network = nn.Linear(2, 2)
     good = network.weight.detach().clone()

@@ -89,8 +89,8 @@ class OneVsRest(AnomalibDataModule):
             augmentations=augmentations,
             seed=check_integer("seed", seed, minimum=0),
         )
-        for name, ratio, minimum in (("val_ratio", val_ratio, 0.0), ("test_ratio", test_ratio, 0.0)):
-            if check_finite_float(name, ratio, minimum=minimum, exclusive=name == "test_ratio") >= 1:
+        for name, ratio in (("val_ratio", val_ratio), ("test_ratio", test_ratio)):
+            if check_finite_float(name, ratio, minimum=0, exclusive=name == "test_ratio") >= 1:
                 msg = f"{name} must be below 1, got {ratio!r}"
                 raise ValueError(msg)
         self.normal_class = check_integer("normal_class", normal_class, minimum=0)

@@ -15,7 +15,8 @@ class DivergenceError(ArithmeticError):
 
     Attributes:
         step: Step, counted from 0, at which the loss was not finite.
-        last_finite: Total, reconstruction and latent term of the last finite step, if any.
+        last_finite: The last finite value of each that was watched (total, reconstruction and latent
+            term, held-out loss), if any.
     """
 
     def __init__(self, step: int, last_finite: dict[str, float] | None) -> None:
@@ -81,7 +82,7 @@ class DivergenceGuard:
             DivergenceError: If one of ``values`` is not finite.
         """
         if all(math.isfinite(value) for value in values.values()):
-            self._last = values
+            self._last = (self._last or {}) | values
             return
         self._give_up(step)
 

@@ -132,15 +132,17 @@ def fit(
     with training(network):
         for epoch in _epochs(max_epochs, progress):
             order = torch.randperm(len(x), generator=generator).to(x.device)
-            first_step = epoch * math.ceil(len(x) / batch_size)
-            _one_epoch(network, x, torch.split(order, batch_size), loss, stepper, guard, history, first_step)
-            last_step = first_step + math.ceil(len(x) / batch_size) - 1
-            guard.keep(last_step)
+            batches = torch.split(order, batch_size)
+            _one_epoch(network, x, batches, loss, stepper, guard, history, epoch * len(batches))
+            last_step = (epoch + 1) * len(batches) - 1
             if validation is None:
+                guard.keep(last_step)
                 history.best_epoch = epoch
                 continue
             held_out = float(loss.score(terms_of(network, validation, loss)).cpu().double().mean())
+            # Before the weights are kept: they can be finite and yet far gone.
             guard.check(last_step, validation=held_out)
+            guard.keep(last_step)
             history.validation.append(held_out)
             if held_out < best:
                 best, best_state, history.best_epoch = held_out, snapshot(network), epoch
@@ -167,9 +169,8 @@ def _one_epoch(
         with batch_norm_fits(network, len(batch)):
             terms = loss.terms(batch, *network(batch))
         value = loss.score(terms).mean()
-        means = (
-            torch.stack([value, terms.reconstruction.mean(), terms.latent.mean()]).detach().cpu().double()
-        )  # some devices have no double
+        # To the CPU first: some devices have no double precision.
+        means = torch.stack([value, terms.reconstruction.mean(), terms.latent.mean()]).detach().cpu().double()
         guard.check(step, **dict(zip(("total", "reconstruction", "latent"), means.tolist(), strict=True)))
         stepper.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
