@@ -174,7 +174,7 @@ def test_progress_is_silent_unless_asked(capsys):
     fit(_network(), X, TollLoss(), max_epochs=1)
     assert capsys.readouterr() == ("", "")
     fit(_network(), X, TollLoss(), max_epochs=1, progress=True)
-    assert "epoch" in capsys.readouterr().err
+    assert "step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

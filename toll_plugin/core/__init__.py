@@ -6,7 +6,7 @@ from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, DenseAutoenc
 from toll_plugin.core.objective import TollLoss, TollTerms, toll_score, toll_terms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
 from toll_plugin.core.scaling import ImageScaling, contrast_normalise, contrast_range
-from toll_plugin.core.training import History, fit, terms_of
+from toll_plugin.core.training import History, fit, fit_ensemble, terms_of
 
 __all__ = [
     "Autoencoder",
@@ -25,6 +25,7 @@ __all__ = [
     "contrast_normalise",
     "contrast_range",
     "fit",
+    "fit_ensemble",
     "terms_of",
     "toll_score",
     "toll_terms",

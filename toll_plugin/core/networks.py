@@ -6,13 +6,14 @@ any image size, :class:`DenseAutoencoder` any table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from toll_plugin.core.checks import check_image_size, check_integer
+from toll_plugin.core.checks import check_finite_float, check_image_size, check_integer
 from toll_plugin.core.modes import evaluating
 
 __all__ = ["Autoencoder", "ConvAutoencoder", "DenseAutoencoder", "check_input"]
@@ -51,8 +52,8 @@ class Autoencoder(nn.Module):
             self._try(self.input_shape)
 
     def _try(self, input_shape: tuple[int, ...]) -> None:
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        x = torch.zeros(1, *input_shape, device=device)
+        like = next(self.parameters(), torch.empty(0))
+        x = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
         with evaluating(self), torch.no_grad():
             stage, shape = "encoder", tuple(x.shape[1:])
             try:
@@ -160,13 +161,18 @@ class DenseAutoencoder(Autoencoder):
         n_features: Columns of the table. Default 274 (Arrhythmia).
         hidden_sizes: Layer widths from the input to the latent. Default (256, 128).
         latent_dim: Length of the latent. Default 16.
+        batch_norm: Whether a BatchNorm stands before each ReLU. Default True; without it a large
+            beta shrinks every weight to zero.
+        dropout: Probability of dropping a hidden unit in training, in [0, 1). Default 0.
+        generator: Source of the initial weights, which are then single precision whatever torch's
+            default; by default the global one.
 
     Shape:
         ``(N, n_features)`` to the same, and a latent ``(N, latent_dim)``.
 
     Raises:
         TypeError: If a size is no integer.
-        ValueError: If a size is below 1.
+        ValueError: If a size is below 1, or ``dropout`` is not in [0, 1).
 
     Source:
         arXiv 2306.12627, appendix, and the authors' code: BatchNorm and ReLU between.
@@ -177,23 +183,59 @@ class DenseAutoencoder(Autoencoder):
         [(2, 274), (2, 16)]
     """
 
-    def __init__(self, n_features: int = 274, hidden_sizes: Sequence[int] = (256, 128), latent_dim: int = 16) -> None:
+    def __init__(
+        self,
+        n_features: int = 274,
+        hidden_sizes: Sequence[int] = (256, 128),
+        latent_dim: int = 16,
+        *,
+        batch_norm: bool = True,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
         check_integer("n_features", n_features, minimum=1)
         check_integer("latent_dim", latent_dim, minimum=1)
+        if isinstance(hidden_sizes, str) or not isinstance(hidden_sizes, Iterable):
+            msg = f"hidden_sizes must be a sequence of integers, got {hidden_sizes!r}"
+            raise TypeError(msg)
         for i, size in enumerate(hidden_sizes):
             check_integer(f"hidden_sizes[{i}]", size, minimum=1)
+        if check_finite_float("dropout", dropout, minimum=0) >= 1:
+            msg = f"dropout must be in [0, 1), got {dropout!r}"
+            raise ValueError(msg)
         widths = [n_features, *hidden_sizes, latent_dim]
-        super().__init__(self._stack(widths), self._stack(widths[::-1]))
+        super().__init__(*(_dense(sizes, batch_norm, dropout, generator) for sizes in (widths, widths[::-1])))
         self.input_shape = (n_features,)
+        #: What a network of the same shape is made with.
+        self.arguments: dict[str, Any] = {
+            "n_features": int(n_features),
+            "hidden_sizes": [int(size) for size in hidden_sizes],
+            "latent_dim": int(latent_dim),
+            "batch_norm": bool(batch_norm),
+            "dropout": float(dropout),
+        }
 
-    @staticmethod
-    def _stack(widths: Sequence[int]) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for i, (before, after) in enumerate(pairwise(widths)):
-            if i:
-                layers += [nn.BatchNorm1d(before), nn.ReLU()]
-            layers.append(nn.Linear(before, after))
-        return nn.Sequential(*layers)
+
+def _dense(widths: Sequence[int], batch_norm: bool, dropout: float, generator: torch.Generator | None) -> nn.Sequential:
+    dtype = None if generator is None else torch.float32
+    layers: list[nn.Module] = []
+    for i, (before, after) in enumerate(pairwise(widths)):
+        if i:
+            layers += [nn.BatchNorm1d(before, dtype=dtype)] if batch_norm else []
+            layers += [nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+        layers.append(_linear(before, after, generator))
+    return nn.Sequential(*layers)
+
+
+def _linear(before: int, after: int, generator: torch.Generator | None) -> nn.Linear:
+    if generator is None:
+        return nn.Linear(before, after)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, before, after, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    bound = before**-0.5  # the distribution that nn.Linear draws from the global generator
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return layer
 
 
 def check_input(network: nn.Module, x: Tensor) -> None:

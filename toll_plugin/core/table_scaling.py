@@ -1,0 +1,131 @@
+"""Bring the columns of a table to one scale, in double precision, whatever the values."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from toll_plugin.core.checks import check_option
+
+__all__ = ["TablePreprocessing", "TableScaling"]
+
+TablePreprocessing = Literal["robust", "standard", "none"]
+
+Floats = NDArray[np.float64]
+
+_LARGEST = float(np.finfo(np.float64).max)
+
+
+class TableScaling:
+    r"""Centre and scale each column, then compress what lies far out.
+
+    With the scaled value :math:`v = (x - c) / s`, what comes out is :math:`v` up to
+    :math:`|v| = b` and :math:`\pm b (1 + \ln(|v| / b))` beyond: finite for every finite input, still
+    growing, and too slow for one far row to rule a network.
+
+    ============== =============================== ==================================================
+    kind           centre                          scale
+    ============== =============================== ==================================================
+    ``"robust"``   mean of the rows inside fences  their standard deviation
+    ``"standard"`` mean                            standard deviation
+    ``"none"``     0                               1, and nothing is compressed
+    ============== =============================== ==================================================
+
+    The fences lie 10 robust standard deviations (interquartile range over 1.349) around the median; a
+    column whose middle half is constant has none. A constant column is scaled by its own size.
+
+    Args:
+        kind: See above. Default ``"robust"``.
+
+    Raises:
+        ValueError: If ``kind`` is unknown.
+
+    Example:
+        >>> scaling = TableScaling().fit(np.array([[0.0], [1.0], [2.0], [3.0], [1e6]]))
+        >>> scaling.transform(np.array([[1.5]]))
+        array([[0.]])
+    """
+
+    bound = 10.0
+    fence = 10.0
+    #: Columns that are sorted at a time hold at most this many values.
+    _GROUP = 1 << 19
+
+    def __init__(self, kind: TablePreprocessing = "robust") -> None:
+        check_option("preprocessing", kind, get_args(TablePreprocessing))
+        self.kind = kind
+        self.centre: Floats
+        self.scale: Floats
+
+    def fit(self, x: NDArray[Any], rows: NDArray[np.int64] | None = None) -> TableScaling:
+        """Measure the columns.
+
+        Args:
+            x: Finite values, shape ``(N, n_features)``.
+            rows: Indices of the rows to measure; by default all.
+
+        Returns:
+            Itself.
+        """
+        features = x.shape[1]
+        self.centre, self.scale = np.zeros(features), np.ones(features)
+        if self.kind == "none":
+            return self
+        count = len(x) if rows is None else len(rows)
+        width = max(1, self._GROUP // max(count, 1))
+        for start in range(0, features, width):
+            columns = slice(start, start + width)
+            part = x[:, columns] if rows is None else x[rows, columns]
+            self.centre[columns], self.scale[columns] = self._measure(np.asarray(part, dtype=np.float64))
+        constant = self.scale == 0
+        if constant.any():
+            typical = np.median(self.scale[~constant]) if not constant.all() else 0.0
+            self.scale[constant] = np.abs(self.centre[constant])
+            self.scale[self.scale == 0] = typical or 1.0
+        return self
+
+    def _measure(self, values: Floats) -> tuple[Floats, Floats]:
+        """Centre and scale of some columns; the scale is 0 where a column is constant."""
+        # Squares of 1e200 and of 1e-200 leave double precision, so the columns are brought near 1 first.
+        size = np.abs(values).max(axis=0)
+        size[size == 0] = 1.0
+        values = values / size
+        weight = np.ones_like(values)
+        if self.kind == "robust":
+            low, middle, high = np.percentile(values, [25, 50, 75], axis=0)
+            spread = (high - low) / 1.349
+            weight = ((np.abs(values - middle) <= self.fence * spread) | (spread == 0)).astype(np.float64)
+        count = weight.sum(axis=0)
+        centre = (values * weight).sum(axis=0) / count
+        scale = np.sqrt((np.square(values - centre) * weight).sum(axis=0) / count)
+        scale[scale <= 1e-12 * np.abs(centre)] = 0.0  # rounding errors of a constant
+        return centre * size, scale * size
+
+    def transform(self, X: NDArray[Any]) -> Floats:  # noqa: N803  scikit-learn's name
+        """Scaled and compressed rows, a new array in double precision of the shape of ``X``."""
+        if self.kind == "none":
+            return np.array(X, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            # Both divided first: the difference of two huge numbers may be more than the largest one.
+            scaled: Floats = np.divide(X, self.scale, dtype=np.float64)
+            scaled -= self.centre / self.scale
+        distance = np.abs(scaled)
+        far = distance > self.bound
+        if far.any():
+            grown = self.bound * (1 + np.log(np.minimum(distance[far], _LARGEST) / self.bound))
+            scaled[far] = np.copysign(grown, scaled[far])
+        return scaled
+
+    def transform_tensor(self, x: Tensor) -> Tensor:
+        """:meth:`transform` in torch and double precision, for graphs that are exported."""
+        if self.kind == "none":
+            return x
+        centre, scale = (torch.from_numpy(values) for values in (self.centre / self.scale, self.scale))
+        scaled = x / scale - centre
+        distance = scaled.abs()
+        grown = self.bound * (1 + torch.log(distance.clamp(self.bound, _LARGEST) / self.bound))
+        return torch.where(distance > self.bound, scaled.sign() * grown, scaled)

@@ -1,0 +1,478 @@
+"""Toll as a PyOD detector for tables."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyod.models.base import BaseDetector
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from torch import nn
+
+from toll_plugin.core.checks import check_integer, check_option
+from toll_plugin.core.learners import MakeOptimizer
+from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
+from toll_plugin.core.objective import TollLoss
+from toll_plugin.core.table import Floats, Preprocessing, TableModel
+from toll_plugin.core.table_scaling import TablePreprocessing, TableScaling
+from toll_plugin.core.table_training import Metric, fit_table
+from toll_plugin.core.training import History
+from toll_plugin.pyod.explanation import Explanation, plot_history, plot_latent
+from toll_plugin.pyod.onnx import to_onnx
+from toll_plugin.pyod.persistence import load, save
+from toll_plugin.pyod.validation import check_contamination, check_device, check_finite, check_table, seed_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["TollDetector"]
+
+
+class TollDetector(BaseDetector):
+    r"""Targeted collapse autoencoders for tables: train on rows taken for normal, score any.
+
+    The score of a row x, higher is more anomalous, is the mean over ``n_members`` networks that
+    differ by their initial weights:
+
+    .. math:: s(x) = \frac1M \sum_m \|x - \hat x_m\|^p + \beta \|z_m\|^p
+
+    with x scaled as :class:`toll_plugin.core.TableScaling` says. Training minimises the mean of
+    the same sum. Scores are computed in double precision and do not depend, to the last bit, on
+    which rows are scored together.
+
+    Args:
+        contamination: Share of anomalies in the training rows, in (0, 0.5], from which threshold
+            and labels follow, or a thresholder of ``pyod.models.thresholds``. Default 0.1.
+        hidden_sizes: Widths of the encoder's hidden layers; the decoder mirrors them. Default (64, 32).
+        latent_dim: Length of the latent z. Default 16.
+        beta: Weight of the latent norm, in units of the scaled data per unit of the latent. Default 0.1.
+        exponent: p, 1 (default, the authors' code) or 2 (squared norms, the paper's text).
+        encoder: Module of your own, rows ``(N, n_inputs)`` to latents; with ``decoder`` and ``n_members=1``.
+            It is copied, and the copy trained on from the weights it has.
+        decoder: Module of your own, latents back to ``(N, n_inputs)``.
+        batch_norm: Whether a BatchNorm stands before each ReLU. Default True.
+        dropout: Share of hidden units dropped in training, in [0, 1). Default 0.
+        n_members: Networks whose scores are averaged. Default 4.
+        preprocessing: ``"robust"`` (default), ``"standard"``, ``"none"`` (raw features), or a scikit-learn
+            transformer, which is cloned and fitted.
+        metric: ``"mahalanobis"`` (default): when rows are scored, residuals are measured by their covariance
+            on the training rows; ``"euclidean"``: by their plain norm, as in the paper.
+        noise: Standard deviation of Gaussian noise on the inputs in training, in units of the scaled
+            columns; the targets stay clean. Default 0.1.
+        epochs: Passes over the rows, or ``None`` (default) if ``max_steps`` alone ends the fit.
+        max_steps: Steps, or ``None``. Default 2000, which suits tables of any length.
+        batch_size: Rows per step. Default 128.
+        lr: Learning rate. Default 1e-3.
+        optimizer: ``"adam"`` (default), ``"adamw"``, ``"sgd"``, or called with the parameters to make one.
+        validation_fraction: Share of rows held out, in [0, 1). The weights of the epoch with the lowest
+            loss on them are the ones kept. Default 0: the last weights are.
+        patience: Epochs without a lower held-out loss after which training stops; ``None`` (default) never.
+        device: Where to train, such as ``"cuda"``; scores are computed on the CPU. Default ``"cpu"``.
+        random_state: ``None``, an integer, a RandomState or a Generator (which are left as they are).
+            Default 42.
+        verbose: 0 (default) silent, 1 a progress bar, 2 a line per epoch.
+
+    Attributes:
+        decision_scores_: Scores of the training rows, equal to ``decision_function`` of them.
+        threshold_: Score above which a row is labelled 1.
+        labels_: 0 or 1 for each training row.
+        history_: Curves per epoch, means over the members: ``total``, ``reconstruction``, ``latent``
+            and, with rows held out, ``validation``.
+        best_epoch_: The epoch, from 0, whose weights each member has.
+        n_features_in_: Number of columns.
+        feature_names_in_: Their names, if the table had any.
+
+    Raises:
+        TypeError: By ``fit``, if a parameter has the wrong type.
+        ValueError: By ``fit``, if a parameter is out of range; by every method, if the table is.
+        NotFittedError: By every other method before ``fit``.
+        DivergenceError: By ``fit``, if the loss stops being finite.
+
+    A ``fit`` that fails or is interrupted leaves the detector as it was.
+
+    Source:
+        arXiv 2306.12627, section 3, and the authors' Arrhythmia network. The scaling, the noise, the
+        members and the metric are this package's.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> X = rng.normal(size=(200, 5))
+        >>> detector = TollDetector(max_steps=50).fit(X)
+        >>> detector.predict(np.vstack([X[:2], np.full((1, 5), 9.0)]))
+        array([0, 0, 1])
+    """
+
+    def __init__(
+        self,
+        contamination: Any = 0.1,
+        *,
+        hidden_sizes: Sequence[int] = (64, 32),
+        latent_dim: int = 16,
+        beta: float = 0.1,
+        exponent: int = 1,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        batch_norm: bool = True,
+        dropout: float = 0.0,
+        n_members: int = 4,
+        preprocessing: TablePreprocessing | Any = "robust",
+        metric: Metric = "mahalanobis",
+        noise: float = 0.1,
+        epochs: int | None = None,
+        max_steps: int | None = 2000,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        optimizer: str | MakeOptimizer = "adam",
+        validation_fraction: float = 0.0,
+        patience: int | None = None,
+        device: str | torch.device = "cpu",
+        random_state: Any = 42,
+        verbose: int = 0,
+    ) -> None:
+        # Nothing but storing: scikit-learn clones by these, and PyOD's base class would check and convert.
+        self.contamination = contamination
+        self.hidden_sizes = hidden_sizes
+        self.latent_dim = latent_dim
+        self.beta = beta
+        self.exponent = exponent
+        self.encoder = encoder
+        self.decoder = decoder
+        self.batch_norm = batch_norm
+        self.dropout = dropout
+        self.n_members = n_members
+        self.preprocessing = preprocessing
+        self.metric = metric
+        self.noise = noise
+        self.epochs = epochs
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.lr = lr
+        self.optimizer = optimizer
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # -- fitting -------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None) -> TollDetector:  # noqa: ARG002, N803  scikit-learn's signature
+        """Train on ``X``, rows ``(N, n_features)``, N at least 2; ``y`` is ignored."""
+        self.__dict__ = self._fitted(X, start=None).__dict__
+        return self
+
+    def partial_fit(self, X: Any, y: Any = None) -> TollDetector:  # noqa: ARG002, N803
+        """Go on training with another piece of the data; the first call is a ``fit``.
+
+        The scaling stays that of the first piece; the optimiser starts afresh. Scores, labels and
+        threshold are those of the latest piece.
+        """
+        self.__dict__ = self._fitted(X, start=getattr(self, "_model", None)).__dict__
+        return self
+
+    def _fitted(self, x: Any, start: TableModel | None) -> TollDetector:
+        """A copy that has learned ``x``; whatever goes wrong, this object has not changed."""
+        new = copy.copy(self)
+        table = check_table(new, x, reset=start is None)
+        new._thresholder = check_contamination(self.contamination)
+        model, histories = new._train(table, start)
+        new._model = model
+        new.history_ = _mean_curves(histories)
+        new.best_epoch_ = [history.best_epoch for history in histories]
+        new._classes = 2
+        new.decision_scores_ = model.score(table)
+        base = new._as_base()
+        BaseDetector._process_decision_scores(base)
+        new.threshold_, new.labels_ = float(base.threshold_), np.asarray(base.labels_).astype(int)
+        # Equal scores have no deviation; a tiny one keeps predict_proba from dividing zero by zero.
+        new._mu, new._sigma = float(base._mu), float(base._sigma) or _TINY
+        return new
+
+    def _train(self, table: NDArray[Any], start: TableModel | None) -> tuple[TableModel, list[History]]:
+        check_integer("n_members", self.n_members, minimum=1)
+        check_option("verbose", self.verbose, (0, 1, 2))
+        return fit_table(
+            table,
+            TollLoss(self.beta, exponent=self.exponent),
+            self._scaling if start is None else lambda *_: start.scaling,
+            self._networks if start is None else lambda *_: copy.deepcopy(start.networks),
+            metric=self.metric,
+            validation_fraction=self.validation_fraction,
+            optimizer=self.optimizer,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            max_epochs=self.epochs,
+            max_steps=self.max_steps,
+            patience=self.patience,
+            noise=self.noise,
+            device=check_device(self.device),
+            seed=seed_of(self.random_state),
+            progress=self.verbose == 1,
+            on_epoch=_print_epoch if self.verbose == 2 else None,
+        )
+
+    def _scaling(self, table: NDArray[Any], rows: NDArray[np.int64]) -> Preprocessing:
+        if isinstance(self.preprocessing, str):
+            return TableScaling(cast("TablePreprocessing", self.preprocessing)).fit(table, rows)
+        if not callable(getattr(self.preprocessing, "transform", None)):
+            msg = f"preprocessing must be a name or a scikit-learn transformer, got {self.preprocessing!r}"
+            raise TypeError(msg)
+        fitted: Preprocessing = clone(self.preprocessing).fit(table[rows])
+        return fitted
+
+    def _networks(self, inputs: int, generator: torch.Generator) -> list[nn.Module]:
+        if self.encoder is None and self.decoder is None:
+            shape: dict[str, Any] = {"batch_norm": self.batch_norm, "dropout": self.dropout, "generator": generator}
+            return [
+                DenseAutoencoder(inputs, self.hidden_sizes, self.latent_dim, **shape) for _ in range(self.n_members)
+            ]
+        if self.encoder is None or self.decoder is None:
+            given, missing = ("encoder", "decoder") if self.decoder is None else ("decoder", "encoder")
+            msg = f"{missing} must be given together with {given}, got None"
+            raise ValueError(msg)
+        if self.n_members != 1:
+            msg = (
+                f"n_members must be 1 with an encoder and decoder, which have one set of weights, got {self.n_members}"
+            )
+            raise ValueError(msg)
+        for name, module in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if not isinstance(module, nn.Module):
+                msg = f"{name} must be a torch.nn.Module, got {module!r}"
+                raise TypeError(msg)
+        own = copy.deepcopy((self.encoder, self.decoder))
+        return [Autoencoder(*(module.float() for module in own), input_shape=(inputs,))]
+
+    # -- scoring -------------------------------------------------------------------------------
+
+    def decision_function(self, X: Any) -> Floats:  # noqa: N803
+        """Anomaly scores ``(N,)`` of rows ``(N, n_features)``; higher is more anomalous."""
+        self._check_fitted()
+        return self._model.score(self._table(X))
+
+    def explain(self, X: Any) -> Explanation:  # noqa: N803
+        """What each row's score is made of, see :class:`toll_plugin.pyod.Explanation`."""
+        self._check_fitted()
+        table = self._table(X)
+        return Explanation.of(self._model.parts(table), self._model.score(table), self.beta, self._input_names())
+
+    def _input_names(self) -> list[str]:
+        names = getattr(self, "feature_names_in_", range(self.n_features_in_))
+        found = [str(name) for name in names]
+        inputs = self._model.inputs
+        return found if inputs == len(found) else [f"input {i}" for i in range(inputs)]
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "_model"):
+            msg = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' before using it"
+            raise NotFittedError(msg)
+
+    def _table(self, x: Any) -> NDArray[Any]:
+        # scikit-learn's check takes longer than scoring a row. It is needed for everything but plain arrays.
+        plain = type(x) is np.ndarray and x.ndim == 2 and x.dtype in _PLAIN and len(x) > 0
+        if not plain or x.shape[1] != self.n_features_in_ or hasattr(self, "feature_names_in_"):
+            return check_table(self, x, reset=False)
+        check_finite(x, None)
+        table: NDArray[Any] = x
+        return table
+
+    # -- what PyOD's base class would get wrong ------------------------------------------------
+
+    def _as_base(self, share: float | None = None) -> TollDetector:
+        """A view of this detector whose contamination is what the base class can work with.
+
+        The base class takes a NumPy float for a thresholder, and fits the thresholder it is given.
+        """
+        self._check_fitted()
+        view = copy.copy(self)
+        view.contamination = self._thresholder if share is None else share
+        return view
+
+    def fit_predict(self, X: Any, y: Any = None) -> NDArray[np.int64]:  # noqa: N803
+        """``fit``, then the labels of the training rows."""
+        return self.fit(X, y).labels_
+
+    def predict(self, X: Any, return_confidence: bool = False) -> Any:  # noqa: N803
+        """Labels ``(N,)``, 1 for an anomaly; with ``return_confidence`` also :meth:`predict_confidence`."""
+        return BaseDetector.predict(self._as_base(), X, return_confidence)
+
+    def predict_proba(self, X: Any, method: str = "linear", return_confidence: bool = False) -> Any:  # noqa: N803
+        """Probabilities ``(N, 2)`` of normal and anomalous.
+
+        Args:
+            X: Rows.
+            method: ``"linear"`` scales by the smallest and largest training score, ``"unify"`` by their
+                mean and deviation (Kriegel et al. 2011).
+            return_confidence: Whether to return :meth:`predict_confidence` as well.
+
+        Raises:
+            ValueError: If ``method`` is unknown.
+        """
+        base = self._as_base()
+        check_option("method", method, ("linear", "unify"))
+        x = X if hasattr(X, "shape") else np.asarray(X)  # the base class asks for the shape of a list
+        return BaseDetector.predict_proba(base, x, method, return_confidence)
+
+    def predict_confidence(self, X: Any) -> Floats:  # noqa: N803
+        """How surely each label would be the same after a slightly different training, in [0, 1]."""
+        confidence: Floats = BaseDetector.predict_confidence(self._as_base(), X)
+        return confidence
+
+    def predict_with_rejection(
+        self,
+        X: Any,  # noqa: N803
+        T: float = 32,  # noqa: N803
+        return_stats: bool = False,
+        delta: float = 0.1,
+        c_fp: float = 1,
+        c_fn: float = 1,
+        c_r: float = -1,
+    ) -> Any:
+        """Labels, with -2 where the label is too unsure; see PyOD's ``BaseDetector``."""
+        base = self._as_base()
+        cost = c_r if c_r >= 0 else self._share()
+        return BaseDetector.predict_with_rejection(base, X, T, return_stats, delta, c_fp, c_fn, cost)
+
+    def compute_rejection_stats(
+        self,
+        T: float = 32,  # noqa: N803
+        delta: float = 0.1,
+        c_fp: float = 1,
+        c_fn: float = 1,
+        c_r: float = -1,
+        verbose: bool = False,
+    ) -> Any:
+        """Expected rejection rate and its bounds; see PyOD's ``BaseDetector``."""
+        base = self._as_base(self._share())
+        return BaseDetector.compute_rejection_stats(base, T, delta, c_fp, c_fn, c_r, verbose)
+
+    def _share(self) -> float:
+        """The share of anomalies: what was given, or what the thresholder found."""
+        self._check_fitted()
+        return self._thresholder if isinstance(self._thresholder, float) else float(np.mean(self.labels_))
+
+    # -- files (see toll_plugin.pyod.persistence) ---
+
+    def _fitted_values(self) -> dict[str, Any]:
+        """What was learned, beside the model and the arrays, as JSON knows it."""
+        if not isinstance(self._thresholder, float):
+            msg = (
+                f"contamination must be a number to be saved without code, got {self.contamination!r}; "
+                "pickle the detector instead"
+            )
+            raise TypeError(msg)
+        names = getattr(self, "feature_names_in_", None)
+        return {
+            "n_features_in_": self.n_features_in_,
+            "feature_names_in_": None if names is None else [str(name) for name in names],
+            "best_epoch_": self.best_epoch_,
+            "threshold_": self.threshold_,
+            "_mu": self._mu,
+            "_sigma": self._sigma,
+            "_thresholder": self._thresholder,
+        }
+
+    def _restore(self, model: TableModel, values: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        names = values["feature_names_in_"]
+        if names is not None:
+            self.feature_names_in_ = np.array(names, dtype=object)
+        for name in ("n_features_in_", "best_epoch_", "threshold_", "_mu", "_sigma", "_thresholder"):
+            setattr(self, name, values[name])
+        self._model, self._classes = model, 2
+        self.decision_scores_, self.labels_ = arrays["scores"], arrays["labels"]
+        self.history_ = {name.removeprefix("history."): a for name, a in arrays.items() if name.startswith("history.")}
+
+    def _networks_like(self, inputs: int, arguments: list[dict[str, Any] | None]) -> list[nn.Module]:
+        """Networks of the shape of a saved detector's, with any weights."""
+        generator = torch.Generator()
+        return [
+            network
+            for shape in arguments
+            for network in (
+                self._networks(inputs, generator) if shape is None else [DenseAutoencoder(**shape, generator=generator)]
+            )
+        ]
+
+    # -- plots, files --------------------------------------------------------------------------
+
+    def plot_history(self, ax: Axes | None = None) -> Axes:
+        """Draw :attr:`history_`; returns the axes."""
+        self._check_fitted()
+        return plot_history(self.history_, ax)
+
+    def plot_latent(self, X: Any, ax: Axes | None = None) -> Axes:  # noqa: N803
+        """Draw the latents of rows about their centre; returns the axes.
+
+        The first member's, in the two directions in which they vary most.
+        """
+        self._check_fitted()
+        table = self._table(X)
+        return plot_latent(self._model.latent(table), self._model.score(table), self.threshold_, ax)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the fitted detector to one file that holds no code.
+
+        Weights and scores are in safetensors' format, everything else is JSON in its header. The
+        file is complete or not there: an interrupted save leaves what was there before.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            TypeError: If a parameter cannot be written without code (a scikit-learn transformer, a
+                thresholder, an optimiser of your own): pickle such a detector.
+        """
+        self._check_fitted()
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], *, encoder: nn.Module | None = None, decoder: nn.Module | None = None
+    ) -> TollDetector:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            encoder: Your own module, of the class that was trained; its weights come from the file.
+            decoder: The same.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no such file, of a later format, cut off or changed.
+        """
+        return load(cls, path, encoder, decoder)
+
+    def to_onnx(self, path: str | PathLike[str]) -> None:
+        """Write one ONNX graph from raw features to score.
+
+        Its input is ``X``, double precision, shape ``(N, n_features)``, its output ``score``, ``(N,)``,
+        equal to :meth:`decision_function` to 1e-5 relative. Needs ``pip install "toll-plugin[export]"``.
+
+        Raises:
+            ImportError: If ``onnx`` is missing.
+            NotFittedError: Before ``fit``.
+            TypeError: If the preprocessing is a scikit-learn transformer.
+        """
+        self._check_fitted()
+        to_onnx(self._model, self.n_features_in_, path)
+
+
+def _mean_curves(histories: list[History]) -> dict[str, Floats]:
+    curves = {
+        name: np.mean([getattr(history, name) for history in histories], axis=0)
+        for name in ("total", "reconstruction", "latent", "validation")
+    }
+    return {name: values for name, values in curves.items() if len(values)}
+
+
+def _print_epoch(epoch: int, histories: list[History]) -> None:
+    values = " ".join(f"{name} {values[-1]:.6g}" for name, values in _mean_curves(histories).items())
+    sys.stdout.write(f"epoch {epoch + 1} {values}\n")
+
+
+_PLAIN = (np.dtype(np.float64), np.dtype(np.float32))
+_TINY = float(np.finfo(np.float64).tiny)

@@ -1,0 +1,118 @@
+"""What a score is made of, as numbers and as plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from toll_plugin.core.checks import check_integer
+from toll_plugin.core.table import Floats, TableParts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Explanation", "plot_history", "plot_latent"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    r"""What the scores of N rows are made of; means over the members.
+
+    ``score = reconstruction + latent``, and the contributions of a row add up to its
+    ``reconstruction``: feature j has the part :math:`r_j^2 / \|r\|^2` of it, with r the residual in
+    the detector's metric.
+
+    Attributes:
+        score: ``decision_function`` of the rows, shape ``(N,)``.
+        reconstruction: The reconstruction's share, shape ``(N,)``.
+        latent: The latent's share, :math:`\beta \|z\|^p`, shape ``(N,)``.
+        contributions: Each feature's part of ``reconstruction``, shape ``(N, n_inputs)``.
+        names: The features' names; numbers as text where the data had none.
+
+    Example:
+        >>> from toll_plugin.pyod import TollDetector
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> found = TollDetector(max_steps=20).fit(X).explain([[0.0, 50.0, 0.0]])
+        >>> found.top(0, 1)[0][0]
+        '1'
+    """
+
+    score: Floats
+    reconstruction: Floats
+    latent: Floats
+    contributions: Floats
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, parts: TableParts, score: Floats, beta: float, names: Sequence[str]) -> Explanation:
+        """From a model's parts and scores."""
+        return cls(score, parts.reconstruction, beta * parts.latent, parts.contributions, tuple(names))
+
+    def top(self, row: int, count: int = 5) -> list[tuple[str, float]]:
+        """The ``count`` features that contribute most to a row's score, largest first.
+
+        Raises:
+            IndexError: If there is no such row.
+        """
+        values = self.contributions[row]
+        order = np.argsort(-values, kind="stable")[: check_integer("count", count, minimum=1)]
+        return [(self.names[i], float(values[i])) for i in order]
+
+    def plot(self, row: int, count: int = 10, ax: Axes | None = None) -> Axes:
+        """Bars of a row's largest contributions and of its latent share.
+
+        Args:
+            row: Which row.
+            count: How many features.
+            ax: Where to draw; by default in a new figure.
+
+        Returns:
+            The axes.
+        """
+        ax = ax or _axes()
+        bars = [*self.top(row, count), ("latent", float(self.latent[row]))]
+        names, values = zip(*bars[::-1], strict=True)
+        ax.barh(names, values, color=["tab:orange", *["tab:blue"] * (len(bars) - 1)])
+        ax.set_xlabel("part of the score")
+        ax.set_title(f"row {row}: score {self.score[row]:.3g}")
+        return ax
+
+
+def plot_history(history: Mapping[str, Floats], ax: Axes | None = None) -> Axes:
+    """Curves of a fit over its epochs."""
+    ax = ax or _axes()
+    for name, values in history.items():
+        ax.plot(np.arange(1, len(values) + 1), values, label=name, marker="." if len(values) < 30 else None)
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("mean per row")
+    ax.legend()
+    return ax
+
+
+def plot_latent(latent: Floats, score: Floats, threshold: float, ax: Axes | None = None) -> Axes:
+    """Rows by the two directions in which their latents vary most about the origin, coloured by score."""
+    ax = ax or _axes()
+    _, _, directions = np.linalg.svd(latent, full_matrices=False)
+    plane = np.zeros((len(latent), 2))
+    plane[:, : min(2, len(directions))] = latent @ directions[:2].T
+    above = score > threshold
+    drawn = ax.scatter(plane[:, 0], plane[:, 1], c=score, cmap="viridis", s=12)
+    ax.scatter(
+        plane[above, 0], plane[above, 1], facecolors="none", edgecolors="tab:red", s=40, label="above the threshold"
+    )
+    ax.plot(0, 0, "k+", markersize=12, label="centre")
+    ax.figure.colorbar(drawn, ax=ax, label="score")
+    ax.set_xlabel("latent, first direction")
+    ax.set_ylabel("second direction")
+    ax.legend()
+    return ax
+
+
+def _axes() -> Axes:
+    from matplotlib import pyplot as plt  # noqa: PLC0415  needed by plots only
+
+    axes: Axes = plt.subplots(layout="constrained")[1]
+    return axes

@@ -1,0 +1,155 @@
+"""Fitted detectors in one file that holds no code: safetensors, with JSON in its header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from toll_plugin import __version__
+from toll_plugin.core.objective import TollLoss
+from toll_plugin.core.table import ResidualMetric, TableModel
+from toll_plugin.core.table_scaling import TableScaling
+from toll_plugin.pyod.files import replacing
+
+if TYPE_CHECKING:
+    from toll_plugin.pyod.detector import TollDetector
+
+__all__ = ["FORMAT", "load", "save"]
+
+#: Raised when a file of today's kind could not be read by yesterday's code.
+FORMAT = 1
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def save(detector: TollDetector, path: str | PathLike[str]) -> None:
+    """See :meth:`toll_plugin.pyod.TollDetector.save`."""
+    model = detector._model
+    scaling = model.scaling
+    parameters = {name: _plain(name, value) for name, value in detector.get_params(deep=False).items()}
+    if not isinstance(scaling, TableScaling):
+        msg = f"preprocessing must be a name to be saved without code, got {scaling!r}; pickle the detector instead"
+        raise TypeError(msg)
+    config = detector._fitted_values() | {
+        "parameters": parameters,
+        "inputs": model.inputs,
+        "networks": [getattr(network, "arguments", None) for network in model.networks],
+        "scaling": scaling.kind,
+        "beta": model.loss.beta,
+        "exponent": model.loss.exponent,
+    }
+    arrays: Arrays = {
+        "scores": detector.decision_scores_,
+        "labels": detector.labels_,
+        "scaling.centre": scaling.centre,
+        "scaling.scale": scaling.scale,
+    }
+    arrays |= {f"history.{name}": values for name, values in detector.history_.items()}
+    if model.metric is not None:
+        arrays |= {f"metric.{name}": values for name, values in model.metric._asdict().items()}
+    for i, network in enumerate(model.networks):
+        arrays |= {f"network.{i}.{name}": value.numpy() for name, value in network.state_dict().items()}
+    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    text = json.dumps(config)
+    header = {
+        "format": str(FORMAT),
+        "written by": f"toll-plugin {__version__}",
+        "config": text,
+        "digest": _digest(text, arrays),
+    }
+    with replacing(Path(path)) as part:
+        safetensors.numpy.save_file(arrays, str(part), header)
+
+
+def load(
+    cls: type[TollDetector], path: str | PathLike[str], encoder: nn.Module | None, decoder: nn.Module | None
+) -> TollDetector:
+    """See :meth:`toll_plugin.pyod.TollDetector.load`."""
+    header, arrays = _read(Path(path))
+    config = json.loads(header["config"])
+    parameters = config["parameters"] | {"hidden_sizes": tuple(config["parameters"]["hidden_sizes"])}
+    own = {"encoder": encoder, "decoder": decoder}
+    for name, module in own.items():
+        if (parameters[name] is None) != (module is None):
+            what = "was trained with one of your own: pass" if module is None else "has none of your own: do not pass"
+            msg = f"{name} must match the detector in {str(path)!r}, which {what} {name}"
+            raise ValueError(msg)
+    detector = cls(**(parameters | own))
+    networks = detector._networks_like(config["inputs"], config["networks"])
+    for i, network in enumerate(networks):
+        prefix = f"network.{i}."
+        state = {
+            name.removeprefix(prefix): torch.from_numpy(a) for name, a in arrays.items() if name.startswith(prefix)
+        }
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            msg = f"encoder and decoder must be those that were saved in {str(path)!r}: {error}"
+            raise ValueError(msg) from error
+    scaling = TableScaling(config["scaling"])
+    scaling.centre, scaling.scale = arrays["scaling.centre"], arrays["scaling.scale"]
+    metric = ResidualMetric(arrays["metric.mean"], arrays["metric.matrix"]) if "metric.mean" in arrays else None
+    loss = TollLoss(config["beta"], exponent=config["exponent"])
+    detector._restore(TableModel(scaling, networks, loss, metric), config, arrays)
+    return detector
+
+
+def _read(path: Path) -> tuple[dict[str, str], Arrays]:
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as file:
+            header: dict[str, str] = file.metadata() or {}
+            arrays: Arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except safetensors.SafetensorError as error:
+        msg = f"{str(path)!r} is no detector that was saved here, or is cut off: {error}"
+        raise ValueError(msg) from error
+    if not {"format", "config", "digest"} <= set(header):
+        msg = f"{str(path)!r} is a safetensors file, but no detector that was saved here"
+        raise ValueError(msg)
+    if header["format"] != str(FORMAT):
+        msg = (
+            f"{str(path)!r} has format {header['format']}, written by {header.get('written by')}; "
+            f"this version reads format {FORMAT}"
+        )
+        raise ValueError(msg)
+    if header["digest"] != _digest(header["config"], arrays):
+        msg = f"{str(path)!r} was changed after it was saved: its digest does not match its content"
+        raise ValueError(msg)
+    return header, arrays
+
+
+def _digest(config: str, arrays: Arrays) -> str:
+    found = hashlib.sha256(config.encode())
+    for name in sorted(arrays):
+        found.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
+        found.update(arrays[name].tobytes())
+    return found.hexdigest()
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A parameter as JSON knows it; a module of the user's own becomes true.
+
+    Raises:
+        TypeError: If it has no such form.
+    """
+    if isinstance(value, nn.Module):
+        return True
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return [_plain(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    msg = f"{name} must be a plain value to be saved without code, got {value!r}; pickle the detector instead"
+    raise TypeError(msg)
