@@ -51,6 +51,27 @@ def test_the_anomalib_adapter_loads_no_pyod():
     assert printed(code) == "[]"
 
 
+def test_the_pyod_adapter_loads_no_anomalib():
+    code = """
+        import sys, toll_plugin.pyod
+        print([m for m in ("anomalib", "lightning", "torchvision", "toll_plugin.anomalib", "matplotlib.pyplot", "onnx")
+               if m in sys.modules])
+    """
+    assert printed(code) == "[]"
+
+
+def test_the_pyod_adapter_works_where_anomalib_is_not_installed():
+    code = """
+        import sys
+        for host in ("anomalib", "lightning", "torchvision"):
+            sys.modules[host] = None
+        import numpy as np
+        from toll_plugin.pyod import TollDetector
+        print(TollDetector(max_steps=2).fit(np.eye(5)).decision_scores_.shape)
+    """
+    assert printed(code) == "(5,)"
+
+
 def test_the_core_works_where_no_host_is_installed():
     code = """
         import sys

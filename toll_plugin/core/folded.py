@@ -18,6 +18,7 @@ from torch import nn
 from toll_plugin.core.dense import blocks
 from toll_plugin.core.modes import evaluating
 from toll_plugin.core.networks import DenseAutoencoder
+from toll_plugin.core.threads import fork_safe
 
 __all__ = ["BLOCK", "FoldedAutoencoder", "ModuleAutoencoder", "in_blocks"]
 
@@ -103,7 +104,7 @@ class ModuleAutoencoder:
     def __call__(self, x: Floats) -> tuple[Floats, Floats]:
         """Return reconstructions and latents."""
         parts = []
-        with evaluating(self._network), torch.no_grad():
+        with evaluating(self._network), torch.no_grad(), fork_safe():
             for start in range(0, len(x), self._block):
                 rows = x[start : start + self._block]
                 whole = np.zeros((self._block, *x.shape[1:]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,8 +20,11 @@ Floats = NDArray[np.float64]
 
 #: Added to the eigenvalues of the residuals' correlation matrix.
 _RIDGE = 0.1
-#: Rows per pass of scoring: what lies between the layers stays in the processor's cache.
-CHUNK = 512
+#: Norms of residuals count up to this many times their median in the metric.
+_DRAWN_IN = 5.0
+#: Values per pass of scoring: few enough that the processor's cache holds what lies between the layers, and
+#: that torch starts no threads, for which a forked process would wait forever.
+_CHUNK = 1 << 15
 
 
 class Preprocessing(Protocol):
@@ -71,14 +74,26 @@ class ResidualMetric(NamedTuple):
     matrix: Floats
 
     @classmethod
-    def of(cls, residuals: Floats) -> ResidualMetric:
-        """The metric of residuals ``(N, n_inputs)``, N at least 1."""
-        mean = residuals.mean(axis=0)
-        deviation = residuals.std(axis=0)
+    def of(cls, residuals: Iterable[Floats]) -> ResidualMetric:
+        """The metric of residuals that come in pieces ``(N, n_inputs)``, at least one row in all.
+
+        A row whose norm is more than 5 times the median's of its piece is drawn in to that, so that
+        anomalies among the rows do not hide others like them.
+        """
+        count, total, products = 0, 0.0, 0.0
+        for piece in residuals:
+            norm = np.sqrt(np.square(piece).sum(axis=1))
+            most = _DRAWN_IN * np.median(norm)
+            drawn = piece * np.divide(most, norm, out=np.ones_like(norm), where=norm > most)[:, None]
+            count += len(piece)
+            total = total + drawn.sum(axis=0)
+            products = products + drawn.T @ drawn
+        mean = np.asarray(total) / count
+        covariance = products / count - np.outer(mean, mean)
+        deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
         # A column that is always reconstructed exactly would weigh without bound.
         deviation = np.maximum(deviation, 1e-3 * max(float(deviation.max()), 1e-12))
-        standard = (residuals - mean) / deviation
-        values, vectors = np.linalg.eigh(standard.T @ standard / len(standard))
+        values, vectors = np.linalg.eigh(covariance / np.outer(deviation, deviation))
         root = (vectors / np.sqrt(np.maximum(values, 0) + _RIDGE)) @ vectors.T
         return cls(mean, root / deviation[:, None])
 
@@ -165,17 +180,20 @@ class TableModel:
         parts = [self._members[0](scaled)[1][: rows.stop - rows.start] for rows, scaled in self._chunks(x)]
         return np.concatenate(parts)
 
-    def residuals(self, x: NDArray[Any]) -> Floats:
-        """Residuals of all members in the networks' input, shape ``(members * N, n_inputs)``."""
-        found = []
-        for rows, scaled in self._chunks(x):
-            found += [(scaled - member(scaled)[0])[: rows.stop - rows.start] for member in self._members]
-        return np.concatenate(found)
+    def residuals(self, x: NDArray[Any], index: NDArray[np.int64]) -> Iterator[Floats]:
+        """Residuals of the rows at ``index`` in the networks' input, of all members, in pieces ``(n, n_inputs)``."""
+        for rows, scaled in self._chunks(x, index):
+            for member in self._members:
+                yield (scaled - member(scaled)[0])[: rows.stop - rows.start]
 
-    def _chunks(self, x: NDArray[Any]) -> Iterator[tuple[slice, Floats]]:
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, min(start + CHUNK, len(x)))
-            yield rows, in_blocks(np.asarray(self.scaling.transform(x[rows]), dtype=np.float64))
+    def _chunks(self, x: NDArray[Any], index: NDArray[np.int64] | None = None) -> Iterator[tuple[slice, Floats]]:
+        count = len(x) if index is None else len(index)
+        size = max(BLOCK, min(512, (_CHUNK - 1) // self.inputs))
+        for start in range(0, count, size):
+            rows = slice(start, min(start + size, count))
+            raw = x[rows] if index is None else x[index[rows]]
+            scaled = np.ascontiguousarray(self.scaling.transform(raw), dtype=np.float64)
+            yield rows, in_blocks(scaled)
 
     def _terms(self, scaled: Floats) -> Iterator[TollTerms]:
         for member in self._members:

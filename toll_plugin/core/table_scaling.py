@@ -24,8 +24,8 @@ class TableScaling:
     r"""Centre and scale each column, then compress what lies far out.
 
     With the scaled value :math:`v = (x - c) / s`, what comes out is :math:`v` up to
-    :math:`|v| = b` and :math:`\pm b (1 + \ln(|v| / b))` beyond: finite for every finite input, still
-    growing, and too slow for one far row to rule a network.
+    :math:`|v| = b` (10) and :math:`\pm(b + \ln(1 + |v| - b))` beyond: finite for every finite input, ever
+    growing, and too slowly for one far row to rule a network.
 
     ============== =============================== ==================================================
     kind           centre                          scale
@@ -53,7 +53,7 @@ class TableScaling:
     bound = 10.0
     fence = 10.0
     #: Columns that are sorted at a time hold at most this many values.
-    _GROUP = 1 << 19
+    _GROUP = 1 << 16
 
     def __init__(self, kind: TablePreprocessing = "robust") -> None:
         check_option("preprocessing", kind, get_args(TablePreprocessing))
@@ -111,13 +111,13 @@ class TableScaling:
             return np.array(X, dtype=np.float64)
         with np.errstate(over="ignore"):
             # Both divided first: the difference of two huge numbers may be more than the largest one.
-            scaled: Floats = np.divide(X, self.scale, dtype=np.float64)
+            scaled: Floats = np.divide(X, self.scale, dtype=np.float64, order="C")
             scaled -= self.centre / self.scale
         distance = np.abs(scaled)
         far = distance > self.bound
         if far.any():
-            grown = self.bound * (1 + np.log(np.minimum(distance[far], _LARGEST) / self.bound))
-            scaled[far] = np.copysign(grown, scaled[far])
+            beyond = np.minimum(distance[far], _LARGEST) - self.bound
+            scaled[far] = np.copysign(self.bound + np.log1p(beyond), scaled[far])
         return scaled
 
     def transform_tensor(self, x: Tensor) -> Tensor:
@@ -127,5 +127,5 @@ class TableScaling:
         centre, scale = (torch.from_numpy(values) for values in (self.centre / self.scale, self.scale))
         scaled = x / scale - centre
         distance = scaled.abs()
-        grown = self.bound * (1 + torch.log(distance.clamp(self.bound, _LARGEST) / self.bound))
+        grown = self.bound + torch.log(1 + (distance.clamp(self.bound, _LARGEST) - self.bound))
         return torch.where(distance > self.bound, scaled.sign() * grown, scaled)

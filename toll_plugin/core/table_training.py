@@ -16,6 +16,7 @@ from toll_plugin.core.learners import MakeOptimizer, Rows
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import TollLoss
 from toll_plugin.core.table import Preprocessing, ResidualMetric, TableModel, TableRows
+from toll_plugin.core.threads import fork_safe, one_thread
 from toll_plugin.core.training import History, fit, fit_ensemble
 
 __all__ = ["Metric", "fit_table"]
@@ -23,7 +24,7 @@ __all__ = ["Metric", "fit_table"]
 Metric = Literal["mahalanobis", "euclidean"]
 
 #: Up to this many bytes the scaled training rows are kept; larger tables are scaled batch by batch.
-_KEPT = 1 << 25
+_KEPT = 1 << 23
 #: Rows that suffice to measure columns and residuals.
 _MEASURED = 10_000
 
@@ -86,33 +87,36 @@ def fit_table(  # noqa: D417  the rest stands at `fit`
     validation, training = order[:held], np.sort(order[held:])
     measured = np.sort(order[held : held + _MEASURED])
 
-    fitted = scaling(x, measured)
-    rows = TableRows(x, training, fitted, device)
-    inputs = rows[:1].shape[1]
-    members = [network.to(device) for network in networks(inputs, generator)]
-    data = _kept(rows, inputs)
-    arguments: dict[str, Any] = {
-        "validation": _kept(TableRows(x, np.sort(validation), fitted, device), inputs) if held else None,
-        "optimizer": optimizer,
-        "lr": lr,
-        "batch_size": batch_size,
-        "max_epochs": max_epochs,
-        "max_steps": max_steps,
-        "patience": patience,
-        "noise": noise,
-        "progress": progress,
-        "on_epoch": on_epoch,
-    }
     with torch.inference_mode(mode=False):
-        if all(isinstance(network, DenseAutoencoder) for network in members):
-            dense = [network for network in members if isinstance(network, DenseAutoencoder)]
-            histories = fit_ensemble(dense, data, loss, generator=generator, **arguments)
+        fitted = scaling(x, measured)
+        rows = TableRows(x, training, fitted, device)
+        inputs = rows[:1].shape[1]
+        members = [network.to(device) for network in networks(inputs, generator)]
+        dense = [network for network in members if isinstance(network, DenseAutoencoder)]
+        data = _kept(rows, inputs)
+        arguments: dict[str, Any] = {
+            "validation": _kept(TableRows(x, np.sort(validation), fitted, device), inputs) if held else None,
+            "optimizer": optimizer,
+            "lr": lr,
+            "batch_size": batch_size,
+            "max_epochs": max_epochs,
+            "max_steps": max_steps,
+            "patience": patience,
+            "noise": noise,
+            "generator": generator,
+            "progress": progress,
+            "on_epoch": on_epoch,
+        }
+        if len(dense) == len(members):
+            with one_thread():
+                histories = fit_ensemble(dense, data, loss, **arguments)
         else:
-            histories = [fit(network, data, loss, generator=generator, **arguments) for network in members]
-    networks_on_cpu = [network.cpu() for network in members]
-    model = TableModel(fitted, networks_on_cpu, loss)
+            with fork_safe():
+                histories = [fit(network, data, loss, **arguments) for network in members]
+    model = TableModel(fitted, [network.cpu() for network in members], loss)
     if metric == "mahalanobis":
-        model.metric = ResidualMetric.of(model.residuals(x[measured]))
+        with one_thread():
+            model.metric = ResidualMetric.of(model.residuals(x, measured))
     return model, histories
 
 

@@ -191,8 +191,8 @@ class TollDetector(BaseDetector):
         base = new._as_base()
         BaseDetector._process_decision_scores(base)
         new.threshold_, new.labels_ = float(base.threshold_), np.asarray(base.labels_).astype(int)
-        # Equal scores have no deviation; a tiny one keeps predict_proba from dividing zero by zero.
-        new._mu, new._sigma = float(base._mu), float(base._sigma) or _TINY
+        # Equal scores have no deviation; a tiny one keeps predict_proba from dividing by zero.
+        new._mu, new._sigma = float(base._mu), float(base._sigma) or max(abs(float(base._mu)), 1.0) * _TINY
         return new
 
     def _train(self, table: NDArray[Any], start: TableModel | None) -> tuple[TableModel, list[History]]:
@@ -475,4 +475,4 @@ def _print_epoch(epoch: int, histories: list[History]) -> None:
 
 
 _PLAIN = (np.dtype(np.float64), np.dtype(np.float32))
-_TINY = float(np.finfo(np.float64).tiny)
+_TINY = float(np.finfo(np.float64).eps)

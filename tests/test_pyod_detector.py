@@ -1,0 +1,538 @@
+"""TollDetector: the contract in every way of being fitted, and what is particular to it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from detector_contract import OTHER, DetectorContract, X, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import rankdata
+from sklearn.base import clone
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import QuantileTransformer
+from torch import nn
+
+from toll_plugin.core import DivergenceError
+from toll_plugin.pyod import TollDetector
+
+
+def make(**parameters) -> TollDetector:
+    return TollDetector(**{"max_steps": 25, "n_members": 2, "hidden_sizes": (16, 8), "latent_dim": 4} | parameters)
+
+
+class _Toll(DetectorContract):
+    def make(self, **parameters):
+        return make(**parameters)
+
+
+class TestFitted(_Toll):
+    """The plain way."""
+
+
+class TestPickled(_Toll):
+    def ready(self, detector, x):
+        return pickle.loads(pickle.dumps(detector.fit(x)))
+
+
+class TestCloned(_Toll):
+    def ready(self, detector, x):
+        return clone(detector.fit(OTHER)).fit(x)
+
+
+class TestRefitted(_Toll):
+    def ready(self, detector, x):
+        return detector.fit(OTHER[:, :3]).fit(x)
+
+
+class TestLoaded(_Toll):
+    def ready(self, detector, x):
+        detector.fit(x).save("detector.toll")
+        return type(detector).load("detector.toll")
+
+
+class TestEuclidean(_Toll):
+    """The score as the paper has it."""
+
+    def make(self, **parameters):
+        return make(**{"metric": "euclidean", "noise": 0.0, "n_members": 1} | parameters)
+
+
+class TestOwnModules(_Toll):
+    def make(self, **parameters):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+            own = {"encoder": encoder, "decoder": nn.Linear(3, 6), "n_members": 1}
+        return make(**own | parameters)
+
+    def test_a_failed_fit_leaves_what_was_there(self, fitted):
+        with pytest.raises(ValueError, match=r"encoder does not accept samples of shape \(4,\)"):
+            fitted.fit(X[:, :4])
+        super().test_a_failed_fit_leaves_what_was_there(fitted)
+
+    def test_the_users_modules_are_not_trained(self, fitted):
+        before = copy.deepcopy(fitted.encoder.state_dict())
+        fitted.fit(OTHER)
+        for name, value in fitted.encoder.state_dict().items():
+            assert torch.equal(value, before[name])
+
+
+# -- the constructor ---------------------------------------------------------------------------
+
+
+def test_the_constructor_only_stores():
+    names = [name for name in inspect.signature(TollDetector.__init__).parameters if name != "self"]
+    marks = {name: object() for name in names}
+    detector = TollDetector(**marks)
+    assert vars(detector) == marks
+    assert detector.get_params(deep=False) == marks
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "error", "message"),
+    [
+        ("contamination", 0.6, ValueError, r"contamination must be in \(0, 0.5\], got 0.6"),
+        ("contamination", 0, ValueError, "contamination must be finite and > 0, got 0"),
+        ("contamination", "auto", TypeError, "contamination must be a real number, got 'auto'"),
+        ("hidden_sizes", 64, TypeError, "hidden_sizes must be a sequence of integers, got 64"),
+        ("hidden_sizes", (8, 0), ValueError, r"hidden_sizes\[1\] must be at least 1, got 0"),
+        ("latent_dim", 0, ValueError, "latent_dim must be at least 1, got 0"),
+        ("beta", -1.0, ValueError, "beta must be finite and >= 0, got -1.0"),
+        ("exponent", 3, ValueError, "exponent must be one of 1, 2, got 3"),
+        ("dropout", 1.0, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+        ("n_members", 0, ValueError, "n_members must be at least 1, got 0"),
+        ("preprocessing", "minmax", ValueError, "preprocessing must be one of 'robust', 'standard', 'none'"),
+        ("preprocessing", 3, TypeError, "preprocessing must be a name or a scikit-learn transformer, got 3"),
+        ("metric", "cosine", ValueError, "metric must be one of 'mahalanobis', 'euclidean', got 'cosine'"),
+        ("noise", -0.1, ValueError, "noise must be finite and >= 0, got -0.1"),
+        ("epochs", 0, ValueError, "epochs must be at least 1, got 0"),
+        ("max_steps", 0, ValueError, "max_steps must be at least 1, got 0"),
+        ("max_steps", None, ValueError, "epochs and max_steps must not both be None"),
+        ("batch_size", 0, ValueError, "batch_size must be at least 1, got 0"),
+        ("batch_size", 1.5, TypeError, "batch_size must be an integer, got 1.5"),
+        ("lr", 0, ValueError, "lr must be finite and > 0, got 0"),
+        ("optimizer", "lion", ValueError, "optimizer must be one of 'adam', 'adamw', 'sgd', got 'lion'"),
+        ("optimizer", 3, TypeError, "optimizer must be a name or take the parameters .* got 3"),
+        ("validation_fraction", 1.0, ValueError, r"validation_fraction must be in \[0, 1\), got 1.0"),
+        ("patience", 0, ValueError, "patience must be at least 1, got 0"),
+        ("device", "gpu7", ValueError, "device must be one that torch can use here, such as 'cpu', got 'gpu7'"),
+        (
+            "random_state",
+            "x",
+            TypeError,
+            "random_state must be None, an integer, a RandomState or a Generator, got 'x'",
+        ),
+        ("random_state", -1, ValueError, "random_state must be at least 0, got -1"),
+        ("verbose", 3, ValueError, "verbose must be one of 0, 1, 2, got 3"),
+        ("encoder", nn.Linear(6, 2), ValueError, "decoder must be given together with encoder, got None"),
+    ],
+)
+def test_bad_parameters_are_named_by_fit(parameter, value, error, message):
+    detector = make(**{parameter: value})
+    with pytest.raises(error, match=message):
+        detector.fit(X)
+    assert not hasattr(detector, "decision_scores_")
+    assert not hasattr(detector, "n_features_in_")
+
+
+def test_own_modules_that_cannot_be():
+    with pytest.raises(ValueError, match=r"n_members must be 1 with an encoder and decoder.* got 2"):
+        make(encoder=nn.Linear(6, 2), decoder=nn.Linear(2, 6)).fit(X)
+    with pytest.raises(ValueError, match=r"decoder must return samples of the input's shape \(6,\), got \(5,\)"):
+        make(encoder=nn.Linear(6, 2), decoder=nn.Linear(2, 5), n_members=1).fit(X)
+    with pytest.raises(TypeError, match=r"encoder must be a torch\.nn\.Module, got 3"):
+        make(encoder=3, decoder=nn.Linear(2, 6), n_members=1).fit(X)
+
+
+@pytest.mark.parametrize("contamination", [np.float32(0.25), np.float64(0.25), 0.25])
+def test_contamination_of_any_float_type(contamination):
+    detector = make(contamination=contamination).fit(X)
+    assert detector.contamination is contamination
+    assert detector.labels_.sum() == 15
+    assert detector.predict(X).sum() == 15
+    detector.predict_with_rejection(X)
+    detector.compute_rejection_stats()
+
+
+def test_contamination_is_checked_again_by_fit():
+    detector = make().set_params(contamination=0.9)
+    with pytest.raises(ValueError, match=r"contamination must be in \(0, 0.5\], got 0.9"):
+        detector.fit(X)
+
+
+# -- randomness and surroundings ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make_state", [lambda: 3, lambda: np.int64(3), lambda: np.random.RandomState(3), lambda: np.random.default_rng(3)]
+)
+def test_kinds_of_random_state(make_state):
+    state = make_state()
+    first = make(random_state=state).fit(X)
+    assert same(first, make(random_state=make_state()).fit(X))
+    assert same(first, clone(first).fit(X))
+    assert same(first, make(random_state=state).fit(X))  # the caller's generator was not used up
+
+
+def test_no_seed_means_another_fit_each_time():
+    assert not same(make(random_state=None).fit(X), make(random_state=None).fit(X))
+
+
+def test_nothing_global_is_touched(tmp_path):
+    before = dict(os.environ)
+    np.random.seed(5)  # noqa: NPY002
+    torch.manual_seed(5)
+
+    def state():
+        return np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    settings_before = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), Path.cwd())
+    drawn = state()
+    detector = make(random_state=None).fit(X)
+    detector.predict_proba(OTHER)
+    detector.partial_fit(X)
+    assert state() == drawn
+    assert (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), Path.cwd()) == settings_before
+    assert dict(os.environ) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_torchs_modes_do_not_matter(own):
+    modules = {"encoder": nn.Linear(6, 2), "decoder": nn.Linear(2, 6), "n_members": 1} if own else {}
+
+    def fit():
+        return make(**modules).fit(X)
+
+    plain = fit()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert same(fit(), plain)
+            assert same(plain, plain)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(fit(), plain)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_threads_reproduce():
+    plain, found = make().fit(X), [None] * 4
+
+    def work(i):
+        found[i] = make().fit(X).decision_function(OTHER)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for scores in found:
+        np.testing.assert_array_equal(scores, plain.decision_function(OTHER))
+
+
+FORKED = """
+    import os, sys, numpy as np, torch
+    from torch import nn
+    from toll_plugin.pyod import TollDetector
+
+    X = np.random.default_rng(0).normal(size=(2000, 60))
+    torch.manual_seed(0)
+    own = {"encoder": nn.Linear(60, 8), "decoder": nn.Linear(8, 60)} if sys.argv[1] == "own" else {}
+    detector = TollDetector(max_steps=20, batch_size=1024, n_members=1, **own)
+    expected = detector.fit(X).decision_scores_
+    torch.randn(1000, 1000) @ torch.randn(1000, 1000)  # starts torch's threads, which a fork does not take along
+    child = os.fork()
+    if not child:
+        scores = detector.decision_function(X)
+        again = detector.fit(X).decision_scores_
+        close = np.allclose(again, expected, rtol=1e-3)  # own modules may have trained on more threads before
+        os._exit(0 if np.array_equal(scores, expected) and close else 1)
+    sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("networks", ["dense", "own"])
+def test_a_forked_process_fits_and_scores(networks):
+    command = [sys.executable, "-c", textwrap.dedent(FORKED), networks]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_process_scores_the_same(tmp_path):
+    detector = make().fit(X)
+    joblib.dump(detector, tmp_path / "detector.joblib")
+    np.save(tmp_path / "rows.npy", OTHER)
+    code = """
+        import joblib, numpy as np
+        print(joblib.load("detector.joblib").decision_function(np.load("rows.npy")).tobytes().hex())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == detector.decision_function(OTHER).tobytes().hex()
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(2, 40),
+    batch_size=st.integers(1, 50),
+    held_out=st.sampled_from([0.0, 0.2, 0.9]),
+    members=st.integers(1, 2),
+)
+def test_any_number_of_rows_with_any_batch_size(n, batch_size, held_out, members):
+    detector = make(max_steps=3, batch_size=batch_size, validation_fraction=held_out, n_members=members).fit(X[:n])
+    assert np.isfinite(detector.decision_scores_).all()
+    assert np.isfinite(detector.predict_proba(OTHER, method="unify")).all()
+
+
+def test_columns_are_checked_by_name():
+    frame = pd.DataFrame(X, columns=list("abcdef"))
+    detector = make().fit(frame)
+    assert detector.feature_names_in_.tolist() == list("abcdef")
+    np.testing.assert_array_equal(detector.decision_function(frame), detector.decision_scores_)
+    with pytest.raises(ValueError, match="feature names should match"):
+        detector.decision_function(frame[list("fedcba")])
+    bad = frame.copy()
+    bad.loc[4, "c"] = np.nan
+    with pytest.raises(ValueError, match=r"X contains NaN: row 4, column 2 \('c'\)"):
+        detector.predict(bad)
+    with pytest.raises(ValueError, match=r"X contains NaN: row 4, column 2 \('c'\)"):
+        make().fit(bad)
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        detector.decision_function(X)
+    assert not hasattr(detector.fit(X), "feature_names_in_")
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    exponents=st.lists(st.integers(-30, 30), min_size=6, max_size=6),
+    shift=st.sampled_from([0.0, 1.0, -100.0]),
+)
+def test_units_of_the_columns_do_not_matter(exponents, shift):
+    plain = make(max_steps=5).fit(X)
+    factors = 2.0 ** np.array(exponents)  # exact in floating point
+    moved = make(max_steps=5).fit((X + shift) * factors)
+    np.testing.assert_allclose(
+        moved.decision_function((OTHER + shift) * factors), plain.decision_function(OTHER), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-30, 1e30, 1e300])
+@pytest.mark.parametrize("preprocessing", ["robust", "standard"])
+def test_tiny_and_huge_data_rank_the_same(factor, preprocessing):
+    plain = make(preprocessing=preprocessing).fit(X)
+    scaled = make(preprocessing=preprocessing).fit(X * factor)
+    np.testing.assert_array_equal(
+        rankdata(scaled.decision_function(OTHER * factor)), rankdata(plain.decision_function(OTHER))
+    )
+
+
+@pytest.mark.parametrize("metric", ["mahalanobis", "euclidean"])
+def test_one_far_row_does_not_blind(metric):
+    rng = np.random.default_rng(2)
+    hidden = rng.normal(size=(300, 2))
+    normal = hidden @ rng.normal(size=(2, 8)) + 0.05 * rng.normal(size=(300, 8))
+    odd = rng.permuted(normal[200:], axis=0)  # each column as it was, but no longer together
+    train = normal[:200].copy()
+    train[17] = 1e6
+    detector = make(max_steps=300, hidden_sizes=(64, 32), metric=metric).fit(train)
+    scores = detector.decision_function(np.vstack([normal[200:], odd]))
+    assert roc_auc_score(np.repeat([0, 1], 100), scores) > 0.95
+    assert np.argmax(detector.decision_scores_) == 17
+
+
+def test_constant_columns():
+    table = np.column_stack([X, np.full(61, 7.0), np.zeros(61), np.full(61, 1e-20)])
+    detector = make().fit(table)
+    assert np.isfinite(detector.decision_scores_).all()
+    usual = table[:1]
+    for column in (6, 7, 8):
+        moved = usual.copy()
+        moved[0, column] += max(abs(moved[0, column]), 1.0) * 100
+        assert detector.decision_function(moved) > detector.decision_function(usual)
+
+
+def test_a_table_of_equal_rows():
+    detector = make().fit(np.ones((10, 3)))
+    assert np.isfinite(detector.decision_scores_).all()
+    assert np.isfinite(detector.predict_proba(np.ones((2, 3)), method="unify")).all()
+    assert np.isfinite(detector.predict_proba(np.full((2, 3), 5.0))).all()
+
+
+def test_raw_features_are_left_alone():
+    detector = make(preprocessing="none", metric="euclidean", n_members=1, beta=0.5).fit(X)
+    network = detector._model.networks[0].double().eval()
+    with torch.no_grad():
+        reconstruction, latent = network(torch.from_numpy(OTHER))
+    expected = np.sqrt(np.square(OTHER - reconstruction.numpy()).sum(axis=1))
+    expected += 0.5 * np.sqrt(np.square(latent.numpy()).sum(axis=1))
+    np.testing.assert_allclose(detector.decision_function(OTHER), expected, rtol=1e-9)
+    assert np.isfinite(detector.decision_function(np.full((1, 6), 1e300))).all()
+
+
+def test_a_transformer_of_the_users():
+    transformer = QuantileTransformer(n_quantiles=20)
+    detector = make(preprocessing=transformer).fit(X)
+    assert not hasattr(transformer, "quantiles_")
+    np.testing.assert_array_equal(detector.decision_function(X), detector.decision_scores_)
+    assert detector.get_params()["preprocessing__n_quantiles"] == 20
+
+
+@pytest.mark.parametrize("kind", ["memmap", "float32"])
+def test_large_tables_are_not_copied(tmp_path, kind):
+    table = np.random.default_rng(0).normal(size=(40_000, 200)).astype(np.float32)
+    if kind == "memmap":
+        np.save(tmp_path / "table.npy", table)
+        table = np.load(tmp_path / "table.npy", mmap_mode="r")
+    detector = make(max_steps=5)
+    make(max_steps=2).fit(table[:200])  # first calls load modules
+    tracemalloc.start()
+    detector.fit(table)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # torch's memory is not traced, but the batches it holds are small and made from NumPy's.
+    assert peak < 0.2 * table.nbytes
+
+
+# -- training ----------------------------------------------------------------------------------
+
+
+def test_history_has_a_value_per_epoch_and_adds_up():
+    detector = make(epochs=4, max_steps=None, batch_size=16, beta=0.5).fit(X)
+    assert set(detector.history_) == {"total", "reconstruction", "latent"}
+    assert {len(values) for values in detector.history_.values()} == {4}
+    np.testing.assert_allclose(
+        detector.history_["total"], detector.history_["reconstruction"] + 0.5 * detector.history_["latent"]
+    )
+    assert detector.best_epoch_ == [3, 3]
+
+
+def test_steps_and_epochs_end_the_fit_whichever_is_first():
+    assert len(make(epochs=2, max_steps=1000, batch_size=10).fit(X).history_["total"]) == 2
+    assert len(make(epochs=50, max_steps=8, batch_size=10).fit(X).history_["total"]) == 2
+
+
+def test_held_out_rows_choose_the_epoch_without_labels():
+    detector = make(max_steps=400, validation_fraction=0.3, patience=10, lr=0.05, n_members=1).fit(X)
+    held_out = detector.history_["validation"]
+    assert detector.best_epoch_ == [int(np.argmin(held_out))]
+    assert len(held_out) == detector.best_epoch_[0] + 11
+
+
+def test_a_large_beta_makes_latents_small():
+    def mean_norm(beta):
+        detector = make(beta=beta, max_steps=200).fit(X)
+        return np.linalg.norm(detector._model.latent(X), axis=1).mean()
+
+    assert mean_norm(10.0) < 0.5 * mean_norm(0.0)
+
+
+def test_divergence_leaves_the_earlier_fit():
+    detector = make().fit(X)
+    scores = detector.decision_function(OTHER)
+    with pytest.raises(DivergenceError):
+        detector.set_params(lr=1e30).fit(X)
+    np.testing.assert_array_equal(detector.decision_function(OTHER), scores)
+
+
+def test_partial_fit_comes_closer_to_what_it_sees():
+    rng = np.random.default_rng(0)
+    basis = rng.normal(size=(2, 6))
+    pieces = [rng.normal(size=(100, 2)) @ basis for _ in range(6)]
+    detector = make(max_steps=60, n_members=1, metric="euclidean").partial_fit(pieces[0])
+    first = detector.decision_function(pieces[-1]).mean()
+    for piece in pieces[1:-1]:
+        detector.partial_fit(piece)
+    assert detector.decision_function(pieces[-1]).mean() < 0.8 * first
+    assert same(make().partial_fit(X), make().fit(X))
+
+
+def test_silent_unless_asked(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make().fit(X).predict(X)
+    assert capsys.readouterr() == ("", "")
+    make(verbose=1).fit(X)
+    assert "step" in capsys.readouterr().err
+    make(verbose=2, epochs=2, max_steps=None, validation_fraction=0.2).fit(X)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["epoch", "1"], ["epoch", "2"]]
+    assert all("total" in line and "validation" in line for line in lines)
+
+
+def test_members_are_averaged():
+    detector = make(n_members=3, metric="euclidean").fit(X)
+    model = detector._model
+    alone = [type(model)(model.scaling, [network], model.loss).score(OTHER) for network in model.networks]
+    np.testing.assert_allclose(detector.decision_function(OTHER), np.mean(alone, axis=0))
+    assert not np.allclose(alone[0], alone[1])
+
+
+def test_the_metric_is_the_mahalanobis_distance_of_the_residual():
+    detector = make(n_members=1, beta=0.0).fit(X)
+    model = detector._model
+    residuals = np.concatenate(list(model.residuals(X, np.arange(61))))
+    correlation = np.corrcoef(residuals.T) + 0.1 * np.eye(6)
+    others = np.concatenate(list(model.residuals(OTHER, np.arange(23))))
+    standard = (others - residuals.mean(axis=0)) / residuals.std(axis=0)
+    expected = np.sqrt(np.einsum("ni,ij,nj->n", standard, np.linalg.inv(correlation), standard))
+    np.testing.assert_allclose(detector.decision_function(OTHER), expected, rtol=1e-6)
+
+
+def test_explanations_name_the_feature_that_is_off():
+    frame = pd.DataFrame(X, columns=list("abcdef"))
+    detector = make(max_steps=200).fit(frame)
+    row = frame.iloc[[30]].copy()
+    row["d"] += 40
+    found = detector.explain(row)
+    assert found.top(0, 1)[0][0] == "d"
+    assert len(found.top(0, 3)) == 3
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        found.top(0, 0)
+
+
+def test_plots_return_axes():
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+
+    detector = make(validation_fraction=0.2).fit(X)
+    _, given_axes = plt.subplots()
+    for drawn in (detector.plot_history(), detector.plot_latent(X), detector.explain(X).plot(0)):
+        assert isinstance(drawn, Axes)
+        drawn.figure.canvas.draw()
+    assert detector.plot_history(ax=given_axes) is given_axes
+    assert {line.get_label() for line in given_axes.lines} == set(detector.history_)
+    make(latent_dim=1).fit(X).plot_latent(X)
+    plt.close("all")
+
+
+def test_a_pickle_holds_no_training_rows_and_no_optimiser():
+    short, long = make().fit(np.tile(X, (2, 1))), make().fit(np.tile(X, (200, 1)))
+    rows = 61 * 198
+    grown = len(pickle.dumps(long)) - len(pickle.dumps(short))
+    assert grown <= rows * 16 + 4000  # a score and a label each, and the curves
+    assert b"torch.optim" not in pickle.dumps(short)
