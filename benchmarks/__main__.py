@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from jsonargparse import auto_cli
 
+from benchmarks.arrhythmia import arrhythmia
 from benchmarks.digits import digits
 from benchmarks.imports import imports
 from benchmarks.overhead import overhead
 from benchmarks.readme import readme
+from benchmarks.speed import speed
+from benchmarks.tables import tables
 
 
 def main() -> None:
     """Run one command."""
-    auto_cli(
-        {"digits": digits, "imports": imports, "overhead": overhead, "readme": readme}, prog="python -m benchmarks"
-    )
+    commands = {
+        "arrhythmia": arrhythmia,
+        "digits": digits,
+        "imports": imports,
+        "overhead": overhead,
+        "readme": readme,
+        "speed": speed,
+        "tables": tables,
+    }
+    auto_cli(commands, prog="python -m benchmarks")
 
 
 if __name__ == "__main__":

@@ -1,65 +1,84 @@
-"""Several dense autoencoders trained at once, by a forward and a backward pass written out.
+"""Several dense autoencoders trained at once, by a forward and a backward pass written out in NumPy.
 
-On tables the networks are so small that autograd's bookkeeping costs more than the arithmetic.
-Here the weights of M equal networks lie in one buffer, so each layer of all of them is one
-product and an optimiser steps on one tensor. Samples lie along the last axis,
-``(M, features, N)``, where BatchNorm of all networks is one call over contiguous memory.
+On tables the networks are so small that autograd's bookkeeping, and even torch's calls, cost
+more than the arithmetic. Here the weights of M equal networks lie in one buffer, so each layer of
+all of them is one product and an optimiser steps on one tensor. Samples lie along the last axis,
+``(M, features, N)``, so that the sums of a BatchNorm run over contiguous memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toll_plugin.core.networks import DenseAutoencoder
 
-__all__ = ["DenseEnsemble", "blocks"]
+__all__ = ["Array", "DenseEnsemble", "blocks"]
 
-_batch_norm = torch.native_batch_norm
-_batch_norm_backward = torch.ops.aten.native_batch_norm_backward
-_relu_backward = torch.ops.aten.threshold_backward
+Array = NDArray[Any]
 
 
 class _Weights(NamedTuple):
     """One kind of weight of all members, ``(M, *)``, and its gradient; views into the buffers."""
 
-    value: Tensor
-    gradient: Tensor
+    value: Array
+    gradient: Array
+
+
+class _NormTrace(NamedTuple):
+    """What a BatchNorm's forward pass leaves: normalised values, inverse deviation, whose statistics."""
+
+    normal: Array
+    inverse: Array
+    training: bool
 
 
 class _Norm(NamedTuple):
-    """A BatchNorm layer of all members."""
+    """A BatchNorm layer of all members; everything of it is ``(M, features)``."""
 
     scale: _Weights
     shift: _Weights
-    mean: Tensor
-    variance: Tensor
+    mean: Array
+    variance: Array
     momentum: float
     eps: float
 
-    def forward(self, x: Tensor, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the output, and the batch's mean and inverse deviation for the way back."""
-        scale, shift = self.scale.value.view(-1), self.shift.value.view(-1)
-        running = (self.mean.view(-1), self.variance.view(-1))
-        rows = x.view(1, -1, x.shape[2])
-        y, mean, inverse = _batch_norm(rows, scale, shift, *running, training, self.momentum, self.eps)
-        return y.view(x.shape), mean, inverse
+    def forward(self, x: Array, *, training: bool) -> tuple[Array, _NormTrace]:
+        """Normalise ``x``, which is overwritten."""
+        count = x.shape[2]
+        if training:
+            mean = np.add.reduce(x, axis=2) / count
+            x -= mean[:, :, None]
+            variance = np.einsum("mhn,mhn->mh", x, x) / count
+            self.mean[...] += self.momentum * (mean - self.mean)
+            # The running variance is the unbiased one.
+            self.variance[...] += self.momentum * (variance * (count / (count - 1)) - self.variance)
+        else:
+            x -= self.mean[:, :, None]
+            variance = self.variance
+        inverse = 1 / np.sqrt(variance + self.eps)
+        x *= inverse[:, :, None]
+        y = x * self.scale.value[:, :, None]
+        y += self.shift.value[:, :, None]
+        return y, _NormTrace(x, inverse, training)
 
-    def backward(self, d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, *, training: bool) -> Tensor:
-        """Return the gradient of the input, and keep those of scale and shift."""
-        rows = (d.view(1, -1, x.shape[2]), x.view(1, -1, x.shape[2]))
-        scale, running = self.scale.value.view(-1), (self.mean.view(-1), self.variance.view(-1))
-        dx, d_scale, d_shift = _batch_norm_backward(
-            *rows, scale, *running, mean, inverse, training, self.eps, [True, True, True]
-        )
-        self.scale.gradient.view(-1).copy_(d_scale)
-        self.shift.gradient.view(-1).copy_(d_shift)
-        out: Tensor = dx.view(x.shape)
-        return out
+    def backward(self, d: Array, trace: _NormTrace) -> Array:
+        """Gradient of the input from that of the output, which is overwritten; keep scale's and shift's."""
+        np.add.reduce(d, axis=2, out=self.shift.gradient)
+        np.einsum("mhn,mhn->mh", d, trace.normal, out=self.scale.gradient)
+        if trace.training:
+            # The batch's mean and deviation depend on every sample, so part of the gradient cancels.
+            count = d.shape[2]
+            d -= trace.normal * (self.scale.gradient / count)[:, :, None]
+            d -= (self.shift.gradient / count)[:, :, None]
+        d *= (self.scale.value * trace.inverse)[:, :, None]
+        return d
 
 
 class _Layer(NamedTuple):
@@ -75,23 +94,21 @@ class _Layer(NamedTuple):
 class _Trace(NamedTuple):
     """What one layer's forward pass leaves for its backward pass."""
 
-    inputs: Tensor
-    linear: Tensor
-    statistics: tuple[Tensor, ...]
-    output: Tensor
-    mask: Tensor | None
-    training: bool
+    inputs: Array
+    norm: _NormTrace | None
+    output: Array
+    mask: Array | None
 
 
 class DenseEnsemble(nn.Module):
-    """M dense autoencoders of one shape, as one module with one parameter.
+    """M dense autoencoders of one shape, as one module with one parameter, on the CPU.
 
     The networks' weights are copied; :meth:`write_back` copies them into the networks again. A
     linear bias in front of a BatchNorm has no effect on the output: its gradient is zero.
 
     Args:
-        networks: The members, at least one, all of one shape and on one device.
-        generator: Source of dropout masks, on that device; by default the global one.
+        networks: The members, at least one, all of one shape.
+        generator: Source of dropout masks; by default the global one.
 
     Shape:
         ``x`` is ``(N, n_features)``, the same for every member; out come reconstructions
@@ -116,14 +133,16 @@ class DenseEnsemble(nn.Module):
             msg = f"networks must be at least one, all of one shape, got {len(networks)} with the parameters {shapes}"
             raise ValueError(msg)
         self.networks = list(networks)  # a list, so that their parameters are not this module's
-        self._generator = generator
+        # NumPy draws masks much faster than torch does.
+        seed = torch.randint(2**62, (), generator=generator) if any(_dropout(networks[0])) else torch.zeros(())
+        self._random = np.random.Generator(np.random.SFC64(int(seed)))
         self.members = len(networks)
         self.input_shape = networks[0].input_shape
         size = self.members * sum(math.prod(shape) for _, shape in shapes[0])
-        like = next(networks[0].parameters())
-        self.flat = nn.Parameter(torch.empty(size, dtype=like.dtype, device=like.device))
-        self.flat.grad = self._gradient = torch.zeros_like(self.flat)
-        self._used = 0
+        self.flat = nn.Parameter(torch.empty(size, dtype=next(networks[0].parameters()).dtype))
+        self.flat.grad = torch.zeros_like(self.flat)
+        # NumPy's views of the same memory: what an optimiser does to the parameter is seen here.
+        self._values, self._gradients, self._used = self.flat.detach().numpy(), self.flat.grad.numpy(), 0
         members = [blocks(network.encoder) + blocks(network.decoder) for network in networks]
         self._layers = [self._join(layer) for layer in zip(*members, strict=True)]
         self._latent = len(blocks(networks[0].encoder)) - 1
@@ -139,74 +158,86 @@ class DenseEnsemble(nn.Module):
             if isinstance(first, nn.BatchNorm1d):
                 mean, variance = (torch.stack([getattr(m, f"running_{s}") for m in modules]) for s in ("mean", "var"))
                 # What is normalised here lacks the bias, so its mean does too.
-                self.register_buffer(f"mean{len(list(self.buffers()))}", mean.sub_(bias.value))
+                mean -= torch.from_numpy(bias.value)
+                self.register_buffer(f"mean{len(list(self.buffers()))}", mean)
                 self.register_buffer(f"variance{len(list(self.buffers()))}", variance)
                 scale, shift = (self._take([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
-                norm = _Norm(scale, shift, mean, variance, first.momentum or 0.1, first.eps)
+                norm = _Norm(scale, shift, mean.numpy(), variance.numpy(), first.momentum or 0.1, first.eps)
             elif isinstance(first, nn.Dropout):
                 dropout = first.p
         return _Layer(weight, bias, norm, bool(rest), dropout)
 
     def _take(self, members: Sequence[Tensor]) -> _Weights:
-        values = torch.stack([value.detach() for value in members])
-        part = slice(self._used, self._used + values.numel())
+        values = torch.stack([value.detach().cpu() for value in members]).numpy()
+        part = slice(self._used, self._used + values.size)
         self._used = part.stop
-        view = self.flat.detach()[part].view(values.shape).copy_(values)
-        return _Weights(view, self._gradient[part].view(values.shape))
+        view = self._values[part].reshape(values.shape)
+        view[...] = values
+        return _Weights(view, self._gradients[part].reshape(values.shape))
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return reconstructions and latents; in training mode, keep what :meth:`backward` needs."""
+        """Return reconstructions and latents, without gradients."""
+        reconstruction, latent = (torch.from_numpy(array).mT for array in self.run(x.numpy()))
+        return reconstruction, latent
+
+    def run(self, x: Array) -> tuple[Array, Array]:
+        """Reconstructions ``(M, n_features, N)`` and latents ``(M, latent_dim, N)`` of rows ``(N, n_features)``.
+
+        In training mode, what :meth:`backward` needs is kept.
+        """
         self._traces.clear()
-        a, latent = x.T, x
+        a = latent = x.T
         for i, layer in enumerate(self._layers):
-            inputs, mask = a, None
-            statistics: tuple[Tensor, ...] = ()
-            a = linear = torch.matmul(layer.weight.value, a)
-            statistical = self.training and len(x) > 1
+            inputs, norm, mask = a, None, None
+            a = _product(layer.weight.value, a)
             if layer.norm is None:
-                a = a.add_(layer.bias.value.unsqueeze(2))
+                a += layer.bias.value[:, :, None]
             else:
-                a, *found = layer.norm.forward(linear, training=statistical)
-                statistics = tuple(found)
+                a, norm = layer.norm.forward(a, training=self.training and len(x) > 1)
             if layer.hidden:
-                a = a.relu_() if layer.norm is not None else a.relu()
+                np.maximum(a, 0, out=a)
             if layer.dropout and self.training:
-                mask = torch.empty_like(a).bernoulli_(1 - layer.dropout, generator=self._generator)
-                a = a.mul_(mask.div_(1 - layer.dropout))
+                mask = self._mask(a, layer.dropout)
+                a *= mask
             if i == self._latent:
                 latent = a
             if self.training:
-                self._traces.append(_Trace(inputs, linear, statistics, a, mask, statistical))
-        return a.mT, latent.mT
+                self._traces.append(_Trace(inputs, norm, a, mask))
+        return a, latent
 
-    @torch.no_grad()
-    def backward(self, d_reconstruction: Tensor, d_latent: Tensor) -> None:
-        """Set ``flat.grad`` from the gradients of what the last :meth:`forward` in training mode returned."""
-        d = d_reconstruction.mT
+    def _mask(self, like: Array, dropout: float) -> Array:
+        drawn = self._random.random(like.shape, dtype=np.float32)
+        return np.multiply(drawn >= dropout, 1 / (1 - dropout), dtype=like.dtype)
+
+    def backward(self, d_reconstruction: Array, d_latent: Array) -> None:
+        """Set ``flat.grad`` from the gradients of what the last :meth:`run` in training mode returned."""
+        d = np.array(d_reconstruction, order="C")
         for i, (layer, trace) in reversed(list(enumerate(zip(self._layers, self._traces, strict=True)))):
             if i == self._latent:
-                d = d + d_latent.mT
+                d += d_latent
             if trace.mask is not None:
-                d = d * trace.mask
+                d *= trace.mask
             if layer.hidden:
                 # Where dropout made the output zero, the mask made the gradient zero as well.
-                d = _relu_backward(d, trace.output, 0)
-            if layer.norm is None:
-                torch.sum(d, dim=2, out=layer.bias.gradient)
+                d *= trace.output > 0
+            if layer.norm is None or trace.norm is None:
+                np.add.reduce(d, axis=2, out=layer.bias.gradient)
             else:
-                d = layer.norm.backward(d.contiguous(), trace.linear, *trace.statistics, training=trace.training)
-            torch.matmul(d, trace.inputs.mT, out=layer.weight.gradient)
+                d = layer.norm.backward(d, trace.norm)
             if i:
-                d = torch.matmul(layer.weight.value.mT, d)
+                np.matmul(d, trace.inputs.swapaxes(1, 2), out=layer.weight.gradient)
+                d = np.matmul(layer.weight.value.swapaxes(1, 2), d)
+            else:
+                rows = d.reshape(-1, d.shape[2])
+                np.matmul(rows, trace.inputs.T, out=layer.weight.gradient.reshape(len(rows), -1))
 
     def member_tensors(self) -> Iterator[Tensor]:
         """Every weight and statistic, each ``(M, *)``; writing to them changes the ensemble."""
         for layer in self._layers:
-            yield layer.weight.value
-            yield layer.bias.value
+            arrays = [layer.weight.value, layer.bias.value]
             if layer.norm is not None:
-                yield from (layer.norm.scale.value, layer.norm.shift.value, layer.norm.mean, layer.norm.variance)
+                arrays += [layer.norm.scale.value, layer.norm.shift.value, layer.norm.mean, layer.norm.variance]
+            yield from map(torch.from_numpy, arrays)
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -222,9 +253,23 @@ class DenseEnsemble(nn.Module):
                         _copy(norm, running_mean=mean, running_var=layer.norm.variance[m])
 
 
-def _copy(module: nn.Module, **values: Tensor) -> None:
+def _dropout(network: nn.Module) -> Iterator[float]:
+    return (module.p for module in network.modules() if isinstance(module, nn.Dropout))
+
+
+def _product(weight: Array, a: Array) -> Array:
+    """``weight @ a``, in one product for all members where they share their input."""
+    if a.ndim == 3:
+        product: Array = np.matmul(weight, a)
+        return product
+    members, outputs, inputs = weight.shape
+    shared: Array = np.matmul(weight.reshape(-1, inputs), a).reshape(members, outputs, -1)
+    return shared
+
+
+def _copy(module: nn.Module, **values: Array) -> None:
     for name, value in values.items():
-        getattr(module, name).copy_(value)
+        getattr(module, name).copy_(torch.from_numpy(value))
 
 
 def blocks(stack: nn.Module) -> list[list[nn.Module]]:

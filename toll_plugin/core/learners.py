@@ -4,21 +4,68 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 from typing_extensions import override
 
 from toll_plugin.core.checks import check_finite_float, check_option
-from toll_plugin.core.dense import DenseEnsemble
+from toll_plugin.core.dense import Array, DenseEnsemble
 from toll_plugin.core.modes import batch_norm_fits, evaluating
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import TollLoss, TollTerms
 
-__all__ = ["AutogradLearner", "DenseLearner", "Learner", "MakeOptimizer", "Rows", "optimizer_of"]
+__all__ = ["AutogradLearner", "DenseLearner", "Learner", "MakeOptimizer", "Optimizer", "Rows", "optimizer_of"]
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+class Optimizer(Protocol):
+    """What the loop needs of one; ``torch.optim``'s have it."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+    def step(self) -> Any:
+        """Move the parameters by their gradients."""
+
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class _Adam:
+    """torch's Adam for one parameter, by its functional form: a step of the class costs more than the arithmetic."""
+
+    def __init__(self, parameter: nn.Parameter, lr: float) -> None:
+        self._parameter, self._lr = parameter, lr
+        self._first, self._second = torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach())
+        self._steps = torch.zeros(())
+
+    def zero_grad(self) -> None:
+        self._parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if self._parameter.grad is None:
+            return
+        adam(
+            [self._parameter],
+            [self._parameter.grad],
+            [self._first],
+            [self._second],
+            [],
+            [self._steps],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self._lr,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -39,11 +86,13 @@ def optimizer_of(optimizer: MakeOptimizer | str, lr: float) -> MakeOptimizer:
     check_option("optimizer", optimizer, _OPTIMIZERS)
     kind = _OPTIMIZERS[optimizer]
 
-    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
         held = list(parameters)
+        if optimizer == "adam" and len(held) == 1 and held[0].device.type == "cpu":
+            return _Adam(held[0], lr)
         # One fused call instead of one per parameter and operation.
         fused = all(parameter.device.type in {"cpu", "cuda"} for parameter in held)
-        made: torch.optim.Optimizer = kind(held, lr=lr, fused=fused)
+        made: Optimizer = kind(held, lr=lr, fused=fused)
         return made
 
     return make
@@ -71,8 +120,8 @@ class Learner(ABC):
     members: int
 
     @abstractmethod
-    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Compute gradients; return the mean terms of the batch, shape ``(2, M)``, weights not yet moved."""
+    def step(self, inputs: Tensor, targets: Tensor) -> list[list[float]]:
+        """Compute gradients; return the batch's mean of both terms for each member, weights not yet moved."""
 
     @abstractmethod
     def update(self) -> None:
@@ -113,12 +162,12 @@ class AutogradLearner(Learner):
         self._optimizer = make(network.parameters())
 
     @override
-    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def step(self, inputs: Tensor, targets: Tensor) -> list[list[float]]:
         with batch_norm_fits(self.module, len(inputs)):
             terms = self._loss.terms(targets, *self.module(inputs))
         self._optimizer.zero_grad()
         self._loss.score(terms).mean().backward()  # type: ignore[no-untyped-call]
-        return torch.stack([term.detach().mean() for term in terms])[:, None]
+        return torch.stack([term.detach().mean() for term in terms])[:, None].tolist()
 
     @override
     def update(self) -> None:
@@ -137,7 +186,7 @@ class AutogradLearner(Learner):
 
 
 class DenseLearner(Learner):
-    """Several dense autoencoders at once; only the loss itself goes through autograd."""
+    """Several dense autoencoders on the CPU at once, by the step that :class:`DenseEnsemble` writes out."""
 
     def __init__(
         self,
@@ -151,21 +200,26 @@ class DenseLearner(Learner):
         self._loss = loss
         self._optimizer = make([self.ensemble.flat])
 
-    def _terms(self, x: Tensor, reconstruction: Tensor, latent: Tensor) -> TollTerms:
-        """All members' rows as one batch."""
-        x = x.expand_as(reconstruction)
-        return self._loss.terms(x.flatten(0, 1), reconstruction.flatten(0, 1), latent.flatten(0, 1))
+    def _terms(self, x: Array, reconstruction: Array, latent: Array) -> TollTerms:
+        """The terms of all members' samples as NumPy arrays, one member after the other."""
+        # Views if there is one member, else copies with the samples first.
+        rows: Any = [array.swapaxes(1, 2).reshape(-1, array.shape[1]) for array in (reconstruction, latent)]
+        targets: Any = np.tile(x, (self.members, 1)) if self.members > 1 else x
+        return self._loss.terms(targets, *rows)
 
     @override
-    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        outputs = self.ensemble(inputs)
-        for output in outputs:
-            output.requires_grad_()
-        terms = self._terms(targets, *outputs)
-        # The sum over members: each has its own weights, so their gradients do not mix.
-        value = self._loss.score(terms).sum() / len(inputs)
-        self.ensemble.backward(*torch.autograd.grad(value, outputs))
-        return torch.stack(terms).detach().view(2, self.members, -1).mean(dim=2)
+    @torch.no_grad()
+    def step(self, inputs: Tensor, targets: Tensor) -> list[list[float]]:
+        reconstruction, latent = self.ensemble.run(inputs.numpy())
+        x = targets.numpy()
+        terms: Any = self._terms(x, reconstruction, latent)
+        # Divided by the samples of one member: each has its own weights, so their gradients do not mix.
+        slopes: Any = self._loss.slopes(terms)
+        a, b = (slope.reshape(self.members, 1, -1) / len(x) for slope in slopes)
+        reconstruction -= x.T
+        reconstruction *= a
+        self.ensemble.backward(reconstruction, latent * b)
+        return [(np.add.reduce(term.reshape(self.members, -1), axis=1) / len(x)).tolist() for term in terms]
 
     @override
     def update(self) -> None:
@@ -175,8 +229,8 @@ class DenseLearner(Learner):
     @torch.no_grad()
     def terms(self, x: Tensor) -> TollTerms:
         with evaluating(self.ensemble):
-            terms = self._terms(x, *self.ensemble(x))
-        return TollTerms(*(term.view(self.members, -1) for term in terms))
+            terms: Any = self._terms(x.numpy(), *self.ensemble.run(x.numpy()))
+        return TollTerms(*(torch.from_numpy(term).view(self.members, -1) for term in terms))
 
     @override
     def tensors(self) -> Iterator[Tensor]:

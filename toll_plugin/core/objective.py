@@ -6,14 +6,15 @@ Training minimises the mean of what scoring reports per sample, so both come fro
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_option
 
-__all__ = ["ScoreTerm", "TollLoss", "TollTerms", "toll_score", "toll_terms"]
+__all__ = ["ScoreTerm", "TollLoss", "TollTerms", "toll_score", "toll_slopes", "toll_terms"]
 
 ScoreTerm = Literal["total", "reconstruction", "latent"]
 
@@ -30,7 +31,11 @@ class TollTerms(NamedTuple):
     latent: Tensor
 
 
-def _norm_per_sample(values: Tensor, exponent: int) -> Tensor:
+def _norm_per_sample(values: Any, exponent: int) -> Any:
+    if isinstance(values, np.ndarray):
+        values = values.reshape(len(values), -1)
+        total = np.einsum("nd,nd->n", values, values)
+        return total if exponent == 2 else np.sqrt(total)
     values = values.flatten(1)
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()  # a sum of squares over an image overflows half precision
@@ -39,7 +44,7 @@ def _norm_per_sample(values: Tensor, exponent: int) -> Tensor:
         # gradient of this form is NaN at zero, so it stays out of training.
         squared = values.square().sum(dim=1)
         return squared if exponent == 2 else squared.sqrt()
-    norm: Tensor = torch.linalg.vector_norm(values, dim=1)
+    norm = torch.linalg.vector_norm(values, dim=1)
     return norm.square() if exponent == 2 else norm
 
 
@@ -54,7 +59,8 @@ def toll_terms(x: Tensor, reconstruction: Tensor, latent: Tensor, *, exponent: i
             also writes.
 
     Returns:
-        Both terms, each of shape ``(N,)``, at least in single precision.
+        Both terms, each of shape ``(N,)``, at least in single precision. NumPy arrays, with
+        which tables are trained and scored, give NumPy arrays.
 
     Raises:
         ValueError: If the shapes do not belong together or ``exponent`` is neither 1 nor 2.
@@ -112,6 +118,36 @@ def toll_score(terms: TollTerms, *, beta: float, term: ScoreTerm = "total") -> T
     return terms.reconstruction + beta * terms.latent
 
 
+def toll_slopes(terms: TollTerms, *, beta: float, exponent: int = 1) -> tuple[Tensor, Tensor]:
+    r"""Derivatives of :func:`toll_score` along the residual and the latent, for steps written out.
+
+    The derivative of sample i's score by its reconstruction is :math:`a_i (\hat x_i - x_i)`, by
+    its latent :math:`b_i z_i`, with :math:`a_i = 1 / \|\hat x_i - x_i\|` and :math:`b_i = \beta / \|z_i\|` for
+    p = 1, and 2 and :math:`2 \beta` for p = 2. As in torch, the derivative of a norm at zero is
+    zero: there the slope is finite, and what it multiplies is zero.
+
+    Args:
+        terms: What :func:`toll_terms` returned, as tensors or as NumPy arrays.
+        beta: Weight of the latent term.
+        exponent: The one that ``terms`` were made with.
+
+    Returns:
+        a and b, of the kind and shape of the terms.
+
+    Example:
+        >>> import torch
+        >>> toll_slopes(TollTerms(torch.tensor([5.0]), torch.tensor([2.0])), beta=10.0)
+        (tensor([0.2000]), tensor([5.]))
+    """
+    if exponent == 2:
+        return terms.reconstruction * 0 + 2, terms.latent * 0 + 2 * beta
+    return 1 / (terms.reconstruction + _TINY), beta / (terms.latent + _TINY)
+
+
+#: Too small to change a norm that is not zero, in single precision as well.
+_TINY = 1e-37
+
+
 class TollLoss(nn.Module):
     r"""Loss :math:`\frac1N\sum_i \|x_i - \hat x_i\|^p + \beta\|z_i\|^p`.
 
@@ -143,6 +179,10 @@ class TollLoss(nn.Module):
     def terms(self, x: Tensor, reconstruction: Tensor, latent: Tensor) -> TollTerms:
         """Unweighted per-sample terms, see :func:`toll_terms`."""
         return toll_terms(x, reconstruction, latent, exponent=self.exponent)
+
+    def slopes(self, terms: TollTerms) -> tuple[Tensor, Tensor]:
+        """Derivatives of the score along residual and latent, see :func:`toll_slopes`."""
+        return toll_slopes(terms, beta=self.beta, exponent=self.exponent)
 
     def score(self, terms: TollTerms, term: ScoreTerm = "total") -> Tensor:
         """Per-sample anomaly score, see :func:`toll_score`."""

@@ -153,10 +153,12 @@ class TableModel:
         for rows, scaled in self._chunks(x):
             part = scores[rows]
             for terms in self._terms(scaled):
-                part += self.loss.score(terms).numpy()[: len(part)]
+                part += np.asarray(self.loss.score(terms))[: len(part)]
         scores /= len(self._members)
-        # Only rows so far away that double precision ends are not finite here.
-        return np.nan_to_num(scores, copy=False, nan=_LARGEST, posinf=_LARGEST)
+        if not np.isfinite(scores).all():
+            # Rows of raw features that are so far away that double precision ends.
+            np.nan_to_num(scores, copy=False, nan=_LARGEST, posinf=_LARGEST)
+        return scores
 
     def parts(self, x: NDArray[Any]) -> TableParts:
         """What the scores are made of, see :class:`TableParts`."""
@@ -170,8 +172,8 @@ class TableModel:
                 squares = np.square(target - reconstruction)
                 total = squares.sum(axis=1, keepdims=True)
                 shares = np.divide(squares, total, out=np.zeros_like(squares), where=total > 0)
-                error = terms.reconstruction.numpy()
-                members.append((error[:n], terms.latent.numpy()[:n], (shares * error[:, None])[:n]))
+                error, norm = (np.asarray(term) for term in terms)
+                members.append((error[:n], norm[:n], (shares * error[:, None])[:n]))
             found.append(TableParts(*(np.mean(part, axis=0) for part in zip(*members, strict=True))))
         return TableParts(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
@@ -210,8 +212,8 @@ class TableModel:
         return measured.reshape(residual.shape), np.zeros_like(residual)
 
     def _toll_terms(self, x: Floats, reconstruction: Floats, latent: Floats) -> TollTerms:
-        with torch.no_grad():
-            return self.loss.terms(*(torch.from_numpy(part) for part in (x, reconstruction, latent)))
+        arrays: Any = (x, reconstruction, latent)
+        return self.loss.terms(*arrays)
 
 
 _LARGEST = float(np.finfo(np.float64).max)

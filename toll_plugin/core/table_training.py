@@ -107,7 +107,7 @@ def fit_table(  # noqa: D417  the rest stands at `fit`
             "progress": progress,
             "on_epoch": on_epoch,
         }
-        if len(dense) == len(members):
+        if len(dense) == len(members) and device.type == "cpu":
             with one_thread():
                 histories = fit_ensemble(dense, data, loss, **arguments)
         else:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -172,7 +174,7 @@ def fit_ensemble(
     learner = DenseLearner(networks, loss, optimizer_of(optimizer, lr), generator)
     loop = _Loop(learner, loss, x, validation, batch_size, max_epochs, max_steps, patience, noise, generator)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), np.errstate(all="ignore"):  # what diverges is reported by the loop
             return loop.run(progress, on_epoch)
     finally:
         learner.ensemble.write_back()
@@ -248,29 +250,30 @@ class _Loop:
         return histories
 
     def _one_epoch(self, step: int, advance: Callable[[], object]) -> int:
-        sums, seen = torch.zeros(2, self._learner.members, dtype=torch.float64), 0
+        members = self._learner.members
+        sums, seen = ([0.0] * members, [0.0] * members), 0
         order = torch.randperm(len(self._x), generator=self._generator)
         for index in self._batches(order):
             if step == self._steps:
                 break
             targets = self._x[index]
-            # To the CPU first: some devices have no double precision.
-            means = self._learner.step(self._noisy(targets), targets).cpu().double()
-            total, (reconstruction, latent) = self._total(means).mean(), means.mean(dim=1)
-            self._guard.check(step, total=float(total), reconstruction=float(reconstruction), latent=float(latent))
+            means = self._learner.step(self._noisy(targets), targets)
+            self._guard.check(step, **self._named(*(sum(values) / members for values in means)))
             self._learner.update()
             advance()
-            sums += means * len(targets)
+            for term, values in zip(sums, means, strict=True):
+                for member, value in enumerate(values):
+                    term[member] += value * len(targets)
             seen, step = seen + len(targets), step + 1
-        sums /= seen
         for member, history in enumerate(self._histories):
-            for values, mean in zip(
-                (history.total, history.reconstruction, history.latent),
-                (self._total(sums), *sums),
-                strict=True,
-            ):
-                values.append(float(mean[member]))
+            for name, mean in self._named(*(term[member] / seen for term in sums)).items():
+                getattr(history, name).append(mean)
         return step
+
+    def _named(self, reconstruction: float, latent: float) -> dict[str, float]:
+        # The mean of a sum is the sum of the means, and plain numbers add up as tensors do.
+        total: Any = self._loss.score(TollTerms(reconstruction, latent))  # type: ignore[arg-type]
+        return {"total": total, "reconstruction": reconstruction, "latent": latent}
 
     def _batches(self, order: Tensor) -> list[Tensor]:
         batches = list(torch.split(order, self._batch_size))
@@ -278,10 +281,6 @@ class _Loop:
             # One sample has no batch statistics, so it joins the batch before it.
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
-
-    def _total(self, means: Tensor) -> Tensor:
-        """The mean of a sum is the sum of the means."""
-        return self._loss.score(TollTerms(*means))
 
     def _noisy(self, x: Tensor) -> Tensor:
         if self._noise == 0:
@@ -295,7 +294,7 @@ class _Loop:
         for start in range(0, len(validation), _EVALUATION_BATCH):
             terms = self._learner.terms(validation[slice(start, start + _EVALUATION_BATCH)])
             sums += torch.stack(terms).cpu().double().sum(dim=2)
-        return self._total(sums / len(validation))
+        return self._loss.score(TollTerms(*(sums / len(validation))))
 
 
 _EVALUATION_BATCH = 1024

@@ -51,7 +51,7 @@ class TollDetector(BaseDetector):
         contamination: Share of anomalies in the training rows, in (0, 0.5], from which threshold
             and labels follow, or a thresholder of ``pyod.models.thresholds``. Default 0.1.
         hidden_sizes: Widths of the encoder's hidden layers; the decoder mirrors them. Default (64, 32).
-        latent_dim: Length of the latent z. Default 16.
+        latent_dim: Length of the latent z. Default 32.
         beta: Weight of the latent norm, in units of the scaled data per unit of the latent. Default 0.1.
         exponent: p, 1 (default, the authors' code) or 2 (squared norms, the paper's text).
         encoder: Module of your own, rows ``(N, n_inputs)`` to latents; with ``decoder`` and ``n_members=1``.
@@ -67,7 +67,7 @@ class TollDetector(BaseDetector):
         noise: Standard deviation of Gaussian noise on the inputs in training, in units of the scaled
             columns; the targets stay clean. Default 0.1.
         epochs: Passes over the rows, or ``None`` (default) if ``max_steps`` alone ends the fit.
-        max_steps: Steps, or ``None``. Default 2000, which suits tables of any length.
+        max_steps: Steps, or ``None``. Default 4000, which suits tables of any length.
         batch_size: Rows per step. Default 128.
         lr: Learning rate. Default 1e-3.
         optimizer: ``"adam"`` (default), ``"adamw"``, ``"sgd"``, or called with the parameters to make one.
@@ -114,7 +114,7 @@ class TollDetector(BaseDetector):
         contamination: Any = 0.1,
         *,
         hidden_sizes: Sequence[int] = (64, 32),
-        latent_dim: int = 16,
+        latent_dim: int = 32,
         beta: float = 0.1,
         exponent: int = 1,
         encoder: nn.Module | None = None,
@@ -126,7 +126,7 @@ class TollDetector(BaseDetector):
         metric: Metric = "mahalanobis",
         noise: float = 0.1,
         epochs: int | None = None,
-        max_steps: int | None = 2000,
+        max_steps: int | None = 4000,
         batch_size: int = 128,
         lr: float = 1e-3,
         optimizer: str | MakeOptimizer = "adam",
