@@ -47,9 +47,10 @@ def f1(normal: Any, anomalous: Any) -> float:
     """F1 of flagging as many rows as there are anomalies; a normal row of equal score is flagged first."""
     import numpy as np
 
-    flagged = len(anomalous)
-    above = [int(np.sum(normal >= score)) + int(np.sum(anomalous > score)) for score in anomalous]
-    return sum(rank < flagged for rank in above) / flagged
+    scores = np.concatenate([normal, anomalous])
+    is_anomaly = np.arange(len(scores)) >= len(normal)
+    order = np.lexsort((is_anomaly, -scores))  # by score, normal rows first where it is equal
+    return float(is_anomaly[order[: len(anomalous)]].mean())
 
 
 def _iterations(parts: dict[str, Any], seed: int, iterations: int) -> Iterator[tuple[Any, Any]]:

@@ -103,9 +103,9 @@ def _run(method: str, name: str, seed: int, protocol: str, roots: list[Path]) ->
         threadpool_limits(1),
     ):
         warnings.simplefilter("ignore")
-        detector = _make(method, train.shape[1], seed)
         start = time.perf_counter()
         try:
+            detector = _make(method, train.shape[1], seed)
             detector.fit(train)
             taken = time.perf_counter() - start
             scores = np.nan_to_num(np.asarray(detector.decision_function(test), dtype=float), posinf=1e300, nan=-1e300)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
+from scipy.io import savemat
 
+from benchmarks import arrhythmia, speed, tables
 from benchmarks.digits import _paired, _run, _table, digits
 from benchmarks.readme import fill
 from benchmarks.records import finish
@@ -80,3 +83,62 @@ def test_the_command_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "digits" in capsys.readouterr().out
+
+
+TABLES = [
+    {"method": "TollDetector", "table": "a", "seed": 0, "protocol": "p", "auroc": 0.9, "ap": 0.5, "fit_seconds": 1.0},
+    {"method": "TollDetector", "table": "b", "seed": 0, "protocol": "p", "auroc": 0.7, "ap": 0.6, "fit_seconds": 3.0},
+    {"method": "KNN", "table": "a", "seed": 0, "protocol": "p", "auroc": 0.8, "ap": 0.5, "fit_seconds": 0.1},
+    {"method": "KNN", "table": "b", "seed": 0, "protocol": "p", "auroc": 0.8, "ap": 0.2, "fit_seconds": 0.1},
+    {"method": "LOF", "table": "a", "seed": 0, "protocol": "p", "auroc": 0.6, "ap": 0.1, "fit_seconds": 0.1},
+    {"method": "LOF", "table": "b", "seed": 0, "protocol": "p", "auroc": 0.5, "ap": 0.1, "fit_seconds": 0.1},
+]
+
+
+def test_ranks_by_hand():
+    assert tables._ranks(TABLES, "auroc") == {"TollDetector": 1.5, "KNN": 1.5, "LOF": 3.0}
+    # Average precision: a tie on table a, Toll first on b.
+    assert tables._ranks(TABLES, "ap") == {"TollDetector": 1.25, "KNN": 1.75, "LOF": 3.0}
+
+
+def test_variants_are_shown_but_not_ranked():
+    twin = [run | {"method": "TollDetector, beta 0", "auroc": run["auroc"] - 0.1} for run in TABLES[:2]]
+    lines = tables._table(TABLES + twin, "p").splitlines()
+    assert lines[2].startswith("| TollDetector | 0.900 | 0.700 | 0.8000 | 1.50 | 0.550 | 1.25 |")
+    assert lines[-1].startswith("| TollDetector, beta 0 | 0.800 | 0.600 | 0.7000 | | 0.550 | |")
+    # Gaps 0.1 and 0.1.
+    assert tables._paired(TABLES + twin, "p", "TollDetector, beta 0", "auroc") == "+0.1000 ± 0.0000"
+
+
+def test_halves_train_on_normal_rows_only():
+    x, y = np.arange(30.0)[:, None], (np.arange(30) < 10).astype(int)
+    train, test, labels = tables.halves(x, y, seed=0)
+    assert len(train) == 10
+    assert (train >= 10).all()
+    assert sorted(np.concatenate([train, test]).ravel()) == list(range(30))
+    np.testing.assert_array_equal(labels, test.ravel() < 10)
+
+
+def test_ties_count_against_the_method():
+    # Two anomalies, so two rows are flagged: 5 and one of the 3s, which is taken to be the normal one.
+    assert arrhythmia.f1(np.array([3.0, 1.0]), np.array([5.0, 3.0])) == 0.5
+    assert arrhythmia.f1(np.array([1.0, 1.0]), np.array([5.0, 3.0])) == 1.0
+    assert arrhythmia.f1(np.array([7.0, 7.0]), np.array([5.0, 3.0])) == 0.0
+    assert arrhythmia.f1(np.array([7.0, 0.0]), np.array([5.0, 5.0])) == 0.5
+
+
+def test_a_detector_that_fails_counts_as_chance(tmp_path, monkeypatch):
+    savemat(tmp_path / "t.mat", {"X": np.random.default_rng(0).normal(size=(40, 3)), "y": np.arange(40) < 4})
+    monkeypatch.setitem(tables.PYOD, "Broken", "knn")
+    run = tables._run("Broken", "t", 0, "contaminated", [tmp_path])
+    assert run["auroc"] == 0.5
+    assert run["ap"] == pytest.approx(0.1)
+    assert "Broken" in run["error"]
+    with pytest.raises(FileNotFoundError, match=r"no other\.mat or other\.npz in"):
+        tables.load("other", [tmp_path])
+
+
+def test_the_plain_loop_of_the_speed_table_trains_the_same_network():
+    x = np.random.default_rng(0).normal(size=(64, 5))
+    taken = speed._seconds({"a": lambda: speed._plain_loop(x, (4,), 2, 16, 1)}, repeats=1)
+    assert taken["a"] > 0

@@ -111,3 +111,37 @@ def test_bad_arguments_name_themselves():
         toll_terms(X, X_HAT, Z[:, 0])
     with pytest.raises(ValueError, match=r"term must be one of .*got 'both'"):
         toll_score(toll_terms(X, X_HAT, Z), beta=1, term="both")
+
+
+@given(
+    seed=st.integers(0, 1000),
+    beta=st.floats(0, 1e3),
+    exponent=st.sampled_from([1, 2]),
+    zero=st.sampled_from(["none", "residual", "latent"]),
+)
+def test_slopes_are_autograds_gradients(seed, beta, exponent, zero):
+    generator = torch.Generator().manual_seed(seed)
+    x, x_hat, z = (torch.randn(5, width, generator=generator, dtype=torch.float64) for width in (4, 4, 2))
+    if zero == "residual":
+        x_hat[2] = x[2]
+    if zero == "latent":
+        z[2] = 0
+    x_hat.requires_grad_()
+    z.requires_grad_()
+    loss = TollLoss(beta, exponent=exponent)
+    terms = loss.terms(x, x_hat, z)
+    expected = torch.autograd.grad(loss.score(terms).sum(), (x_hat, z))
+    a, b = loss.slopes(TollTerms(*(term.detach() for term in terms)))
+    torch.testing.assert_close((x_hat - x).detach() * a[:, None], expected[0])
+    torch.testing.assert_close(z.detach() * b[:, None], expected[1])
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arrays_give_what_tensors_give(exponent, dtype):
+    loss = TollLoss(0.7, exponent=exponent)
+    tensors = [values.to(dtype) for values in (X, X_HAT, Z)]
+    terms, arrays = loss.terms(*tensors), loss.terms(*(values.numpy() for values in tensors))
+    for term, array in zip(terms, arrays, strict=True):
+        torch.testing.assert_close(torch.from_numpy(array), term)
+    torch.testing.assert_close(torch.from_numpy(loss.score(arrays)), loss.score(terms))

@@ -20,6 +20,11 @@ SMALL = {
     "python -m benchmarks digits": " --seeds 1 --classes [8] --betas [0.01,0] --max_epochs 2 --jobs 1",
     "python -m benchmarks overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
     "python -m benchmarks imports": " --repeats 1",
+    "python -m benchmarks tables '[\"ODDS\"]'": " --names [small] --seeds 1 --methods [TollDetector,KNN] --jobs 1",
+    "python -m benchmarks arrhythmia ODDS splits": " --seeds 1 --iterations 40 --jobs 1",
+    "python -m benchmarks speed --roots '[\"ODDS\"]'": (
+        " --names [small] --rows 200 --epochs 1 --repeats 1 --memory_rows 30000"
+    ),
 }
 
 
@@ -30,7 +35,25 @@ def workplace(tmp_path_factory, mvtec_root):
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(mvtec_root / "part", folder / "my_images")
+    _tables(folder)
     return folder
+
+
+def _tables(folder):
+    """Tables where the blocks expect them: ODDS' layout, the authors' split, a CSV file."""
+    import numpy as np
+    import pandas as pd
+    from scipy.io import savemat
+
+    rng = np.random.default_rng(0)
+    (folder / "ODDS").mkdir()
+    (folder / "splits").mkdir()
+    for name, rows, columns, odd in (("small", 120, 5, 20), ("arrhythmia", 452, 274, 66)):
+        labels = np.arange(rows) < odd
+        savemat(folder / f"ODDS/{name}.mat", {"X": rng.normal(size=(rows, columns)) + 4 * labels[:, None], "y": labels})
+    for kind, count in (("normal", 386), ("anomalous", 66)):
+        np.save(folder / f"splits/randomized_{kind}_indices_arrhythmia.npy", rng.permutation(count))
+    pd.DataFrame(rng.normal(size=(200, 4)), columns=list("abcd")).to_csv(folder / "sensors.csv", index=False)
 
 
 def _command(kind: str, code: str) -> list[str]:

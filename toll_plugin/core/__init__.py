@@ -1,11 +1,14 @@
-"""The method: objective, networks, training. Needs torch only, knows no host."""
+"""The method: objective, networks, training, tables. Needs torch and NumPy only, knows no host."""
 
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, TollWarning
 from toll_plugin.core.divergence import DivergenceError
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, DenseAutoencoder
-from toll_plugin.core.objective import TollLoss, TollTerms, toll_score, toll_terms
+from toll_plugin.core.objective import TollLoss, TollTerms, toll_score, toll_slopes, toll_terms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
 from toll_plugin.core.scaling import ImageScaling, contrast_normalise, contrast_range
+from toll_plugin.core.table import ResidualMetric, TableModel
+from toll_plugin.core.table_scaling import TableScaling
+from toll_plugin.core.table_training import fit_table
 from toll_plugin.core.training import History, fit, fit_ensemble, terms_of
 
 __all__ = [
@@ -19,6 +22,9 @@ __all__ = [
     "ImageScaling",
     "Paper28Autoencoder",
     "Paper32Autoencoder",
+    "ResidualMetric",
+    "TableModel",
+    "TableScaling",
     "TollLoss",
     "TollTerms",
     "TollWarning",
@@ -26,7 +32,9 @@ __all__ = [
     "contrast_range",
     "fit",
     "fit_ensemble",
+    "fit_table",
     "terms_of",
     "toll_score",
+    "toll_slopes",
     "toll_terms",
 ]

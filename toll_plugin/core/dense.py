@@ -104,7 +104,7 @@ class DenseEnsemble(nn.Module):
     """M dense autoencoders of one shape, as one module with one parameter, on the CPU.
 
     The networks' weights are copied; :meth:`write_back` copies them into the networks again. A
-    linear bias in front of a BatchNorm has no effect on the output: its gradient is zero.
+    linear bias in front of a BatchNorm has no effect on a batch of two and more: it is not trained.
 
     Args:
         networks: The members, at least one, all of one shape.
@@ -140,9 +140,9 @@ class DenseEnsemble(nn.Module):
         self.input_shape = networks[0].input_shape
         size = self.members * sum(math.prod(shape) for _, shape in shapes[0])
         self.flat = nn.Parameter(torch.empty(size, dtype=next(networks[0].parameters()).dtype))
-        self.flat.grad = torch.zeros_like(self.flat)
+        self.flat.grad = self.gradient = torch.zeros_like(self.flat)
         # NumPy's views of the same memory: what an optimiser does to the parameter is seen here.
-        self._values, self._gradients, self._used = self.flat.detach().numpy(), self.flat.grad.numpy(), 0
+        self._values, self._gradients, self._used = self.flat.detach().numpy(), self.gradient.numpy(), 0
         members = [blocks(network.encoder) + blocks(network.decoder) for network in networks]
         self._layers = [self._join(layer) for layer in zip(*members, strict=True)]
         self._latent = len(blocks(networks[0].encoder)) - 1

@@ -8,6 +8,7 @@ last filled up with zeros, so that a row's result does not depend on the rows be
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from toll_plugin.core.dense import blocks
-from toll_plugin.core.modes import evaluating
 from toll_plugin.core.networks import DenseAutoencoder
-from toll_plugin.core.threads import fork_safe
 
 __all__ = ["BLOCK", "FoldedAutoencoder", "ModuleAutoencoder", "in_blocks"]
 
@@ -39,6 +38,9 @@ class FoldedAutoencoder:
     Args:
         network: Whose weights and running statistics are copied.
 
+    Attributes:
+        largest: Weights of the largest layer.
+
     Shape:
         ``(N, n_features)``, N a multiple of :data:`BLOCK` (see :func:`in_blocks`), to
         reconstructions ``(N, n_features)`` and latents ``(N, latent_dim)``.
@@ -52,6 +54,7 @@ class FoldedAutoencoder:
 
     def __init__(self, network: DenseAutoencoder) -> None:
         self._encoder, self._decoder = _fold(network.encoder), _fold(network.decoder)
+        self.largest = max(weight.size for weight, *_ in (*self._encoder, *self._decoder))
 
     def __call__(self, x: Floats) -> tuple[Floats, Floats]:
         """Return reconstructions and latents."""
@@ -96,15 +99,21 @@ class ModuleAutoencoder:
     Args:
         network: A copy in double precision is kept, on the CPU.
         block: Rows per call; fixed for the same reason as :data:`BLOCK`, and a multiple of it.
+
+    Attributes:
+        largest: Without bound, since what the modules compute is not known.
     """
 
+    largest = sys.maxsize
+
     def __init__(self, network: nn.Module, block: int = 128) -> None:
-        self._network, self._block = copy.deepcopy(network).cpu().double(), block
+        # Evaluation mode once and for all: threads that score at once share it.
+        self._network, self._block = copy.deepcopy(network).cpu().double().eval(), block
 
     def __call__(self, x: Floats) -> tuple[Floats, Floats]:
         """Return reconstructions and latents."""
         parts = []
-        with evaluating(self._network), torch.no_grad(), fork_safe():
+        with torch.no_grad():
             for start in range(0, len(x), self._block):
                 rows = x[start : start + self._block]
                 whole = np.zeros((self._block, *x.shape[1:]))

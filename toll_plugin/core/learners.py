@@ -128,7 +128,7 @@ class Learner(ABC):
         """Move the weights by the last gradients."""
 
     @abstractmethod
-    def terms(self, x: Tensor) -> TollTerms:
+    def terms(self, inputs: Tensor, targets: Tensor) -> TollTerms:
         """Terms in evaluation mode without gradients, each ``(M, N)``."""
 
     @abstractmethod
@@ -175,9 +175,9 @@ class AutogradLearner(Learner):
 
     @override
     @torch.no_grad()
-    def terms(self, x: Tensor) -> TollTerms:
+    def terms(self, inputs: Tensor, targets: Tensor) -> TollTerms:
         with evaluating(self.module):
-            terms = self._loss.terms(x, *self.module(x))
+            terms = self._loss.terms(targets, *self.module(inputs))
         return TollTerms(*(term[None] for term in terms))
 
     @override
@@ -223,13 +223,14 @@ class DenseLearner(Learner):
 
     @override
     def update(self) -> None:
+        self.ensemble.flat.grad = self.ensemble.gradient  # an optimiser may have let it go
         self._optimizer.step()
 
     @override
     @torch.no_grad()
-    def terms(self, x: Tensor) -> TollTerms:
+    def terms(self, inputs: Tensor, targets: Tensor) -> TollTerms:
         with evaluating(self.ensemble):
-            terms: Any = self._terms(x.numpy(), *self.ensemble.run(x.numpy()))
+            terms: Any = self._terms(targets.numpy(), *self.ensemble.run(inputs.numpy()))
         return TollTerms(*(torch.from_numpy(term).view(self.members, -1) for term in terms))
 
     @override

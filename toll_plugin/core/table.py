@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from toll_plugin.core.folded import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import TollLoss, TollTerms
+from toll_plugin.core.table_scaling import TableScaling
+from toll_plugin.core.threads import one_thread
 
 __all__ = ["Floats", "Preprocessing", "ResidualMetric", "TableModel", "TableParts", "TableRows"]
 
@@ -54,8 +57,33 @@ class TableRows:
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """The scaled rows at ``index``."""
         rows = self._index[index if isinstance(index, slice) else index.numpy()]
-        scaled = np.asarray(self._scaling.transform(self._x[rows]), dtype=np.float32)
-        return torch.from_numpy(scaled).to(self._device)
+        scaled = _scaled(self._scaling, self._x[rows])
+        with np.errstate(over="ignore"):
+            single = scaled.astype(np.float32)
+        if not np.isfinite(single).all():
+            msg = f"preprocessing must give values that single precision holds, got up to {np.abs(scaled).max():.3g}"
+            raise ValueError(msg)
+        return torch.from_numpy(single).to(self._device)
+
+
+def _scaled(scaling: Preprocessing, raw: NDArray[Any]) -> Floats:
+    """Scaled rows, C-contiguous and in double precision; ``raw`` is left alone.
+
+    Raises:
+        ValueError: If a transformer gives something else.
+    """
+    if isinstance(scaling, TableScaling):
+        return scaling.transform(raw)
+    found = scaling.transform(np.array(raw, dtype=np.float64))  # it may write to what it is given
+    try:
+        scaled = np.ascontiguousarray(found, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        msg = f"preprocessing must give a dense table of numbers, got {type(found).__name__} from {scaling!r}"
+        raise ValueError(msg) from error
+    if scaled.shape[:1] != raw.shape[:1] or scaled.ndim != 2 or not np.isfinite(scaled).all():
+        msg = f"preprocessing must give one row of finite values for each row, which {scaling!r} did not"
+        raise ValueError(msg)
+    return scaled
 
 
 class ResidualMetric(NamedTuple):
@@ -142,6 +170,7 @@ class TableModel:
     ) -> None:
         self.scaling, self.networks, self.loss, self.metric = scaling, list(networks), loss, metric
         self.inputs = int(self.networks[0].input_shape[0])  # type: ignore[index]
+        self._limit: float | None = getattr(scaling, "limit", None)
         self._members = [
             FoldedAutoencoder(network) if isinstance(network, DenseAutoencoder) else ModuleAutoencoder(network)
             for network in networks
@@ -150,10 +179,13 @@ class TableModel:
     def score(self, x: NDArray[Any]) -> Floats:
         """Anomaly scores ``(N,)`` of raw rows ``(N, n_features)``; higher is more anomalous."""
         scores = np.zeros(len(x))
-        for rows, scaled in self._chunks(x):
-            part = scores[rows]
-            for terms in self._terms(scaled):
-                part += np.asarray(self.loss.score(terms))[: len(part)]
+        with self._computing():
+            for rows, scaled in self._chunks(x):
+                part, inputs = scores[rows], self._clipped(scaled)
+                for member in self._members:
+                    reconstruction, latent = member(inputs)
+                    terms = self._terms(*self._measured(scaled, reconstruction), latent)
+                    part += np.asarray(self.loss.score(terms))[: len(part)]
         scores /= len(self._members)
         if not np.isfinite(scores).all():
             # Rows of raw features that are so far away that double precision ends.
@@ -163,30 +195,43 @@ class TableModel:
     def parts(self, x: NDArray[Any]) -> TableParts:
         """What the scores are made of, see :class:`TableParts`."""
         found: list[TableParts] = []
-        for rows, scaled in self._chunks(x):
-            n, members = rows.stop - rows.start, []
-            for member in self._members:
-                reconstruction, latent = member(scaled)
-                target, reconstruction = self._measured(scaled, reconstruction)
-                terms = self._toll_terms(target, reconstruction, latent)
-                squares = np.square(target - reconstruction)
-                total = squares.sum(axis=1, keepdims=True)
-                shares = np.divide(squares, total, out=np.zeros_like(squares), where=total > 0)
-                error, norm = (np.asarray(term) for term in terms)
-                members.append((error[:n], norm[:n], (shares * error[:, None])[:n]))
-            found.append(TableParts(*(np.mean(part, axis=0) for part in zip(*members, strict=True))))
+        with self._computing():
+            for rows, scaled in self._chunks(x):
+                n, members, inputs = rows.stop - rows.start, [], self._clipped(scaled)
+                for member in self._members:
+                    reconstruction, latent = member(inputs)
+                    x_measured, reconstruction = self._measured(scaled, reconstruction)
+                    error, norm = (np.asarray(t) for t in self._terms(x_measured, reconstruction, latent))
+                    residual = x_measured - reconstruction
+                    # Divided by the largest first, whose square may leave double precision.
+                    squares = np.square(residual / np.maximum(np.abs(residual).max(axis=1, keepdims=True), _SMALLEST))
+                    shares = squares / np.maximum(squares.sum(axis=1, keepdims=True), _SMALLEST)
+                    members.append((error[:n], norm[:n], (shares * error[:, None])[:n]))
+                means = (np.nan_to_num(np.mean(part, axis=0), nan=_LARGEST) for part in zip(*members, strict=True))
+                found.append(TableParts(*means))
         return TableParts(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
     def latent(self, x: NDArray[Any]) -> Floats:
         """Latents of the first member, shape ``(N, latent_dim)``."""
-        parts = [self._members[0](scaled)[1][: rows.stop - rows.start] for rows, scaled in self._chunks(x)]
-        return np.concatenate(parts)
+        with self._computing():
+            chunks = [(rows, self._members[0](self._clipped(scaled))[1]) for rows, scaled in self._chunks(x)]
+        return np.concatenate([latent[: rows.stop - rows.start] for rows, latent in chunks])
 
     def residuals(self, x: NDArray[Any], index: NDArray[np.int64]) -> Iterator[Floats]:
-        """Residuals of the rows at ``index`` in the networks' input, of all members, in pieces ``(n, n_inputs)``."""
-        for rows, scaled in self._chunks(x, index):
-            for member in self._members:
-                yield (scaled - member(scaled)[0])[: rows.stop - rows.start]
+        """Residuals of the rows at ``index`` before the metric, of all members, in pieces ``(n, n_inputs)``."""
+        with self._computing():
+            for rows, scaled in self._chunks(x, index):
+                inputs = self._clipped(scaled)
+                for member in self._members:
+                    yield (scaled - member(inputs)[0])[: rows.stop - rows.start]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Silence about what overflows, and one thread where more would change the last bits."""
+        largest = max(0 if self.metric is None else self.metric.matrix.size, *(m.largest for m in self._members))
+        threads = one_thread() if largest > _ONE_THREAD else nullcontext()
+        with threads, np.errstate(over="ignore", invalid="ignore"):
+            yield
 
     def _chunks(self, x: NDArray[Any], index: NDArray[np.int64] | None = None) -> Iterator[tuple[slice, Floats]]:
         count = len(x) if index is None else len(index)
@@ -194,26 +239,30 @@ class TableModel:
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
             raw = x[rows] if index is None else x[index[rows]]
-            scaled = np.ascontiguousarray(self.scaling.transform(raw), dtype=np.float64)
-            yield rows, in_blocks(scaled)
+            if not isinstance(self.scaling, TableScaling):
+                # Always as many rows: what a transformer computes may depend on their number, as products do.
+                raw = np.concatenate([raw, np.repeat(raw[-1:], size - len(raw), axis=0)])
+            yield rows, in_blocks(_scaled(self.scaling, raw)[: rows.stop - start])
 
-    def _terms(self, scaled: Floats) -> Iterator[TollTerms]:
-        for member in self._members:
-            reconstruction, latent = member(scaled)
-            yield self._toll_terms(*self._measured(scaled, reconstruction), latent)
+    def _clipped(self, scaled: Floats) -> Floats:
+        """What the networks see."""
+        return scaled if self._limit is None else scaled.clip(-self._limit, self._limit)
 
     def _measured(self, scaled: Floats, reconstruction: Floats) -> tuple[Floats, Floats]:
-        """Both in the metric of the residual."""
+        """Both in the metric of the residual: there, what is measured has the reconstruction zero."""
         if self.metric is None:
             return scaled, reconstruction
         residual = scaled - reconstruction
         residual -= self.metric.mean
         measured = np.matmul(residual.reshape(-1, BLOCK, residual.shape[1]), self.metric.matrix)
-        return measured.reshape(residual.shape), np.zeros_like(residual)
+        return measured.reshape(residual.shape), np.broadcast_to(0.0, residual.shape)
 
-    def _toll_terms(self, x: Floats, reconstruction: Floats, latent: Floats) -> TollTerms:
+    def _terms(self, x: Floats, reconstruction: Floats, latent: Floats) -> TollTerms:
         arrays: Any = (x, reconstruction, latent)
         return self.loss.terms(*arrays)
 
 
+#: Weights of a layer from which BLAS may split a block among threads.
+_ONE_THREAD = 1 << 17
+_SMALLEST = float(np.finfo(np.float64).tiny)
 _LARGEST = float(np.finfo(np.float64).max)

@@ -25,7 +25,8 @@ class TableScaling:
 
     With the scaled value :math:`v = (x - c) / s`, what comes out is :math:`v` up to
     :math:`|v| = b` (10) and :math:`\pm(b + \ln(1 + |v| - b))` beyond: finite for every finite input, ever
-    growing, and too slowly for one far row to rule a network.
+    growing, and too slowly for one far row to rule a network. Networks see it clipped to
+    :math:`\pm b` (:attr:`limit`): what lies beyond is residual, which no extrapolation can undo.
 
     ============== =============================== ==================================================
     kind           centre                          scale
@@ -35,8 +36,9 @@ class TableScaling:
     ``"none"``     0                               1, and nothing is compressed
     ============== =============================== ==================================================
 
-    The fences lie 10 robust standard deviations (interquartile range over 1.349) around the median; a
-    column whose middle half is constant has none. A constant column is scaled by its own size.
+    The fences lie 10 robust standard deviations around the median: the interquartile range over
+    1.349, or, where the middle half is constant, the median distance over 0.6745 of the rows
+    that differ from it. A constant column is scaled by its own size.
 
     Args:
         kind: See above. Default ``"robust"``.
@@ -58,6 +60,7 @@ class TableScaling:
     def __init__(self, kind: TablePreprocessing = "robust") -> None:
         check_option("preprocessing", kind, get_args(TablePreprocessing))
         self.kind = kind
+        self.limit = None if kind == "none" else self.bound
         self.centre: Floats
         self.scale: Floats
 
@@ -97,8 +100,11 @@ class TableScaling:
         weight = np.ones_like(values)
         if self.kind == "robust":
             low, middle, high = np.percentile(values, [25, 50, 75], axis=0)
-            spread = (high - low) / 1.349
-            weight = ((np.abs(values - middle) <= self.fence * spread) | (spread == 0)).astype(np.float64)
+            spread, distance = (high - low) / 1.349, np.abs(values - middle)
+            for column in np.flatnonzero(spread == 0):
+                apart = distance[distance[:, column] > 0, column]
+                spread[column] = np.median(apart) / 0.6745 if len(apart) else 0.0
+            weight = (distance <= self.fence * spread).astype(np.float64)
         count = weight.sum(axis=0)
         centre = (values * weight).sum(axis=0) / count
         scale = np.sqrt((np.square(values - centre) * weight).sum(axis=0) / count)

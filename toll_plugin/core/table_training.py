@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from toll_plugin.core.checks import check_finite_float, check_option
+from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.learners import MakeOptimizer, Rows
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import TollLoss
@@ -36,12 +36,12 @@ def fit_table(  # noqa: D417  the rest stands at `fit`
     networks: Callable[[int, torch.Generator], Sequence[nn.Module]],
     *,
     metric: Metric = "mahalanobis",
-    validation_fraction: float = 0.1,
+    validation_fraction: float = 0.0,
     optimizer: MakeOptimizer | str = "adam",
     lr: float = 1e-3,
     batch_size: int = 128,
     max_epochs: int | None = None,
-    max_steps: int | None = 2000,
+    max_steps: int | None = 4000,
     patience: int | None = None,
     noise: float = 0.1,
     device: torch.device | None = None,
@@ -79,11 +79,14 @@ def fit_table(  # noqa: D417  the rest stands at `fit`
     if check_finite_float("validation_fraction", validation_fraction, minimum=0) >= 1:
         msg = f"validation_fraction must be in [0, 1), got {validation_fraction!r}"
         raise ValueError(msg)
+    if patience is not None and check_integer("patience", patience, minimum=1) and validation_fraction == 0:
+        msg = f"patience needs rows held out: validation_fraction must be more than 0, got {validation_fraction!r}"
+        raise ValueError(msg)
     device = device or torch.device("cpu")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator).numpy()
     # At least two rows train, and one is held out if any share was asked for.
-    held = min(math.ceil(validation_fraction * len(x)), len(x) - 2)
+    held = max(0, min(math.ceil(validation_fraction * len(x)), len(x) - 2))
     validation, training = order[:held], np.sort(order[held:])
     measured = np.sort(order[held : held + _MEASURED])
 
@@ -103,6 +106,7 @@ def fit_table(  # noqa: D417  the rest stands at `fit`
             "max_steps": max_steps,
             "patience": patience,
             "noise": noise,
+            "input_limit": getattr(fitted, "limit", None),
             "generator": generator,
             "progress": progress,
             "on_epoch": on_epoch,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
@@ -12,14 +15,31 @@ __all__ = ["fork_safe", "one_thread"]
 _PROCESS = os.getpid()
 
 
-def one_thread() -> AbstractContextManager[object]:
-    """One thread for the block, in the calling thread's OpenMP regions and in BLAS; put back after it.
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for the block, in the calling thread's OpenMP regions and in BLAS.
 
-    Sums of single precision depend on how they are split, so with one thread a fit gives the
-    same weights on any number of cores; on small networks more threads gain nothing.
+    Sums depend on how they are split, so with one thread a fit gives the same weights on any
+    number of cores; on small networks more threads gain nothing. BLAS's limit holds for the
+    whole process: of blocks that overlap, the last to end puts back what the first one found.
     """
-    limits: AbstractContextManager[object] = threadpool_limits(limits=1)
-    return limits
+    with threadpool_limits(limits=1, user_api="openmp"):
+        with _lock:
+            if not _entered:
+                _limits.append(threadpool_limits(limits=1, user_api="blas"))
+            _entered.append(None)
+        try:
+            yield
+        finally:
+            with _lock:
+                _entered.pop()
+                if not _entered:
+                    _limits.pop().restore_original_limits()
+
+
+_lock = threading.Lock()
+_entered: list[None] = []
+_limits: list[Any] = []
 
 
 def fork_safe() -> AbstractContextManager[object]:

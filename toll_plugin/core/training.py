@@ -79,6 +79,7 @@ def fit(
     max_steps: int | None = None,
     patience: int | None = 20,
     noise: float = 0.0,
+    input_limit: float | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
     on_epoch: Callable[[int, list[History]], None] | None = None,
@@ -103,6 +104,8 @@ def fit(
         patience: Epochs without improvement before training stops; ``None`` never stops.
         noise: Standard deviation, in units of ``x``, of Gaussian noise on the inputs of a
             training step, whose targets stay clean (denoising). Default 0.
+        input_limit: What the network sees is clipped to plus and minus this, before the noise; the
+            targets are not. Default: nothing is.
         generator: Source of the order of the samples and of noise; the default is a new one
             seeded with 0. The global generator is never used.
         progress: Show a bar.
@@ -127,7 +130,9 @@ def fit(
     generator = generator or torch.Generator().manual_seed(0)
     learner = AutogradLearner(network, loss, optimizer_of(optimizer, lr))
     with torch.enable_grad(), training(network):
-        loop = _Loop(learner, loss, x, validation, batch_size, max_epochs, max_steps, patience, noise, generator)
+        loop = _Loop(
+            learner, loss, x, validation, batch_size, max_epochs, max_steps, patience, noise, input_limit, generator
+        )
         return loop.run(progress, on_epoch)[0]
 
 
@@ -144,16 +149,18 @@ def fit_ensemble(
     max_steps: int | None = None,
     patience: int | None = 20,
     noise: float = 0.0,
+    input_limit: float | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
     on_epoch: Callable[[int, list[History]], None] | None = None,
 ) -> list[History]:
     """Train several dense autoencoders of one shape in place, much faster than one after another.
 
-    Each member ends where :func:`fit` would have taken it alone on the same batches; they
-    differ by their initial weights only. The arguments are those of :func:`fit`, except that an
-    optimiser of your own gets one parameter that holds the weights of all members, and so has
-    to work on each element by itself, as Adam and SGD do.
+    Each member ends where :func:`fit` would have taken it alone on the same batches, up to
+    rounding errors and to linear biases in front of a BatchNorm, which have no effect there and
+    stay as they are. The arguments are those of :func:`fit`, except that an optimiser of your
+    own gets one parameter that holds the weights of all members, and so has to work on each
+    element by itself, as Adam and SGD do. Networks and samples are on the CPU.
 
     Returns:
         One :class:`History` per network, with a best epoch of its own.
@@ -172,7 +179,9 @@ def fit_ensemble(
     """
     generator = generator or torch.Generator().manual_seed(0)
     learner = DenseLearner(networks, loss, optimizer_of(optimizer, lr), generator)
-    loop = _Loop(learner, loss, x, validation, batch_size, max_epochs, max_steps, patience, noise, generator)
+    loop = _Loop(
+        learner, loss, x, validation, batch_size, max_epochs, max_steps, patience, noise, input_limit, generator
+    )
     try:
         with torch.enable_grad(), np.errstate(all="ignore"):  # what diverges is reported by the loop
             return loop.run(progress, on_epoch)
@@ -194,6 +203,7 @@ class _Loop:
         max_steps: int | None,
         patience: int | None,
         noise: float,
+        input_limit: float | None,
         generator: torch.Generator,
     ) -> None:
         check_integer("batch_size", batch_size, minimum=1)
@@ -209,6 +219,7 @@ class _Loop:
         self._learner, self._loss, self._x, self._validation = learner, loss, x, validation
         self._batch_size, self._patience, self._generator = batch_size, patience, generator
         self._noise = check_finite_float("noise", noise, minimum=0)
+        self._limit = None if input_limit is None else check_finite_float("input_limit", input_limit, minimum=0)
         n, size = len(x), batch_size
         per_epoch = -(-n // size) - (n % size == 1 and 1 < size < n)
         self._steps = min(
@@ -257,7 +268,7 @@ class _Loop:
             if step == self._steps:
                 break
             targets = self._x[index]
-            means = self._learner.step(self._noisy(targets), targets)
+            means = self._learner.step(self._noisy(self._clipped(targets)), targets)
             self._guard.check(step, **self._named(*(sum(values) / members for values in means)))
             self._learner.update()
             advance()
@@ -282,6 +293,9 @@ class _Loop:
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x if self._limit is None else x.clamp(-self._limit, self._limit)
+
     def _noisy(self, x: Tensor) -> Tensor:
         if self._noise == 0:
             return x
@@ -292,7 +306,8 @@ class _Loop:
         """Mean held-out loss of each member."""
         sums = torch.zeros(2, self._learner.members, dtype=torch.float64)
         for start in range(0, len(validation), _EVALUATION_BATCH):
-            terms = self._learner.terms(validation[slice(start, start + _EVALUATION_BATCH)])
+            targets = validation[slice(start, start + _EVALUATION_BATCH)]
+            terms = self._learner.terms(self._clipped(targets), targets)
             sums += torch.stack(terms).cpu().double().sum(dim=2)
         return self._loss.score(TollTerms(*(sums / len(validation))))
 

@@ -44,8 +44,10 @@ class TollDetector(BaseDetector):
     .. math:: s(x) = \frac1M \sum_m \|x - \hat x_m\|^p + \beta \|z_m\|^p
 
     with x scaled as :class:`toll_plugin.core.TableScaling` says. Training minimises the mean of
-    the same sum. Scores are computed in double precision and do not depend, to the last bit, on
-    which rows are scored together.
+    the same sum; with ``metric="mahalanobis"`` the residual is then measured, for the score, by
+    its distance under the residuals' covariance on the training rows instead of its plain norm.
+    Scores are computed in double precision and do not depend, to the last bit, on which rows are
+    scored together.
 
     Args:
         contamination: Share of anomalies in the training rows, in (0, 0.5], from which threshold
@@ -55,25 +57,28 @@ class TollDetector(BaseDetector):
         beta: Weight of the latent norm, in units of the scaled data per unit of the latent. Default 0.1.
         exponent: p, 1 (default, the authors' code) or 2 (squared norms, the paper's text).
         encoder: Module of your own, rows ``(N, n_inputs)`` to latents; with ``decoder`` and ``n_members=1``.
-            It is copied, and the copy trained on from the weights it has.
+            It is copied, and the copy trained on from the weights it has. Weights that encoder and decoder
+            share are shared in the copy, but not in a ``clone``, which copies each by itself.
         decoder: Module of your own, latents back to ``(N, n_inputs)``.
         batch_norm: Whether a BatchNorm stands before each ReLU. Default True.
         dropout: Share of hidden units dropped in training, in [0, 1). Default 0.
         n_members: Networks whose scores are averaged. Default 4.
         preprocessing: ``"robust"`` (default), ``"standard"``, ``"none"`` (raw features), or a scikit-learn
-            transformer, which is cloned and fitted.
+            transformer, which is cloned and fitted on arrays of at most 10 000 rows.
         metric: ``"mahalanobis"`` (default): when rows are scored, residuals are measured by their covariance
             on the training rows; ``"euclidean"``: by their plain norm, as in the paper.
         noise: Standard deviation of Gaussian noise on the inputs in training, in units of the scaled
             columns; the targets stay clean. Default 0.1.
         epochs: Passes over the rows, or ``None`` (default) if ``max_steps`` alone ends the fit.
-        max_steps: Steps, or ``None``. Default 4000, which suits tables of any length.
+        max_steps: Steps, or ``None``; whichever of the two comes first. Default 4000.
         batch_size: Rows per step. Default 128.
         lr: Learning rate. Default 1e-3.
-        optimizer: ``"adam"`` (default), ``"adamw"``, ``"sgd"``, or called with the parameters to make one.
-        validation_fraction: Share of rows held out, in [0, 1). The weights of the epoch with the lowest
-            loss on them are the ones kept. Default 0: the last weights are.
+        optimizer: ``"adam"`` (default), ``"adamw"``, ``"sgd"``, or called with the parameters to make one; what
+            it makes must work element by element, because the weights of all members are one parameter.
+        validation_fraction: Share of rows held out, in [0, 1), at least two rows staying. The weights of the
+            epoch with the lowest loss on them are the ones kept. Default 0: the last weights are.
         patience: Epochs without a lower held-out loss after which training stops; ``None`` (default) never.
+            Needs ``validation_fraction``.
         device: Where to train, such as ``"cuda"``; scores are computed on the CPU. Default ``"cpu"``.
         random_state: ``None``, an integer, a RandomState or a Generator (which are left as they are).
             Default 42.
@@ -169,10 +174,10 @@ class TollDetector(BaseDetector):
         return self
 
     def partial_fit(self, X: Any, y: Any = None) -> TollDetector:  # noqa: ARG002, N803
-        """Go on training with another piece of the data; the first call is a ``fit``.
+        """Go on training with another piece of the data, at least two rows; the first call is a ``fit``.
 
-        The scaling stays that of the first piece; the optimiser starts afresh. Scores, labels and
-        threshold are those of the latest piece.
+        Scaling and networks stay those of the first piece, whatever parameters were set since; the
+        optimiser starts afresh. Scores, labels, threshold and history are those of the latest piece.
         """
         self.__dict__ = self._fitted(X, start=getattr(self, "_model", None)).__dict__
         return self
@@ -180,7 +185,7 @@ class TollDetector(BaseDetector):
     def _fitted(self, x: Any, start: TableModel | None) -> TollDetector:
         """A copy that has learned ``x``; whatever goes wrong, this object has not changed."""
         new = copy.copy(self)
-        table = check_table(new, x, reset=start is None)
+        table = check_table(new, x, reset=start is None, minimum=2)
         new._thresholder = check_contamination(self.contamination)
         model, histories = new._train(table, start)
         new._model = model
@@ -197,6 +202,11 @@ class TollDetector(BaseDetector):
 
     def _train(self, table: NDArray[Any], start: TableModel | None) -> tuple[TableModel, list[History]]:
         check_integer("n_members", self.n_members, minimum=1)
+        if self.epochs is not None:
+            check_integer("epochs", self.epochs, minimum=1)
+        elif self.max_steps is None:
+            msg = "epochs and max_steps must not both be None: nothing would end the fit"
+            raise ValueError(msg)
         check_option("verbose", self.verbose, (0, 1, 2))
         return fit_table(
             table,
@@ -260,13 +270,18 @@ class TollDetector(BaseDetector):
         """What each row's score is made of, see :class:`toll_plugin.pyod.Explanation`."""
         self._check_fitted()
         table = self._table(X)
-        return Explanation.of(self._model.parts(table), self._model.score(table), self.beta, self._input_names())
+        return Explanation.of(
+            self._model.parts(table), self._model.score(table), self._model.loss.beta, self._input_names()
+        )
 
     def _input_names(self) -> list[str]:
-        names = getattr(self, "feature_names_in_", range(self.n_features_in_))
-        found = [str(name) for name in names]
-        inputs = self._model.inputs
-        return found if inputs == len(found) else [f"input {i}" for i in range(inputs)]
+        names: Any = getattr(self, "feature_names_in_", range(self.n_features_in_))
+        if not isinstance(self._model.scaling, TableScaling):
+            try:
+                names = self._model.scaling.get_feature_names_out(names)  # type: ignore[attr-defined]
+            except (AttributeError, TypeError, ValueError):
+                names = [f"input {i}" for i in range(self._model.inputs)]
+        return [str(name) for name in names]
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "_model"):
@@ -335,9 +350,11 @@ class TollDetector(BaseDetector):
         c_r: float = -1,
     ) -> Any:
         """Labels, with -2 where the label is too unsure; see PyOD's ``BaseDetector``."""
-        base = self._as_base()
+        base: Any = self._as_base()
         cost = c_r if c_r >= 0 else self._share()
-        return BaseDetector.predict_with_rejection(base, X, T, return_stats, delta, c_fp, c_fn, cost)
+        found = BaseDetector.predict_with_rejection(base, X, T, return_stats, delta, c_fp, c_fn, cost)
+        self.rejection_threshold_: float = base.rejection_threshold_
+        return found
 
     def compute_rejection_stats(
         self,
@@ -355,7 +372,9 @@ class TollDetector(BaseDetector):
     def _share(self) -> float:
         """The share of anomalies: what was given, or what the thresholder found."""
         self._check_fitted()
-        return self._thresholder if isinstance(self._thresholder, float) else float(np.mean(self.labels_))
+        # At least one row, because the base class's equations have no solution for none.
+        found = max(float(np.mean(self.labels_)), 1 / len(self.labels_))
+        return self._thresholder if isinstance(self._thresholder, float) else found
 
     # -- files (see toll_plugin.pyod.persistence) ---
 
@@ -386,18 +405,7 @@ class TollDetector(BaseDetector):
             setattr(self, name, values[name])
         self._model, self._classes = model, 2
         self.decision_scores_, self.labels_ = arrays["scores"], arrays["labels"]
-        self.history_ = {name.removeprefix("history."): a for name, a in arrays.items() if name.startswith("history.")}
-
-    def _networks_like(self, inputs: int, arguments: list[dict[str, Any] | None]) -> list[nn.Module]:
-        """Networks of the shape of a saved detector's, with any weights."""
-        generator = torch.Generator()
-        return [
-            network
-            for shape in arguments
-            for network in (
-                self._networks(inputs, generator) if shape is None else [DenseAutoencoder(**shape, generator=generator)]
-            )
-        ]
+        self.history_ = {name: arrays[f"history.{name}"] for name in _CURVES if f"history.{name}" in arrays}
 
     # -- plots, files --------------------------------------------------------------------------
 
@@ -407,9 +415,9 @@ class TollDetector(BaseDetector):
         return plot_history(self.history_, ax)
 
     def plot_latent(self, X: Any, ax: Axes | None = None) -> Axes:  # noqa: N803
-        """Draw the latents of rows about their centre; returns the axes.
+        """Draw the latents of rows about the origin; returns the axes.
 
-        The first member's, in the two directions in which they vary most.
+        The first member's, in the two directions in which they reach furthest from it.
         """
         self._check_fitted()
         table = self._table(X)
@@ -462,11 +470,16 @@ class TollDetector(BaseDetector):
 
 
 def _mean_curves(histories: list[History]) -> dict[str, Floats]:
-    curves = {
-        name: np.mean([getattr(history, name) for history in histories], axis=0)
-        for name in ("total", "reconstruction", "latent", "validation")
-    }
-    return {name: values for name, values in curves.items() if len(values)}
+    curves = {}
+    for name in _CURVES:
+        values = [getattr(history, name) for history in histories]
+        # Members that were trained one after the other may have stopped at different epochs.
+        whole = np.full((len(values), max(map(len, values))), np.nan)
+        for row, known in zip(whole, values, strict=True):
+            row[: len(known)] = known
+        if whole.size:
+            curves[name] = np.nanmean(whole, axis=0)
+    return curves
 
 
 def _print_epoch(epoch: int, histories: list[History]) -> None:
@@ -474,5 +487,6 @@ def _print_epoch(epoch: int, histories: list[History]) -> None:
     sys.stdout.write(f"epoch {epoch + 1} {values}\n")
 
 
+_CURVES = ("total", "reconstruction", "latent", "validation")
 _PLAIN = (np.dtype(np.float64), np.dtype(np.float32))
 _TINY = float(np.finfo(np.float64).eps)

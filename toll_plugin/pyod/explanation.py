@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Explanation", "plot_history", "plot_latent"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Explanation:
     r"""What the scores of N rows are made of; means over the members.
 
@@ -93,7 +93,7 @@ def plot_history(history: Mapping[str, Floats], ax: Axes | None = None) -> Axes:
 
 
 def plot_latent(latent: Floats, score: Floats, threshold: float, ax: Axes | None = None) -> Axes:
-    """Rows by the two directions in which their latents vary most about the origin, coloured by score."""
+    """Rows by the two directions in which their latents reach furthest from the origin, coloured by score."""
     ax = ax or _axes()
     _, _, directions = np.linalg.svd(latent, full_matrices=False)
     plane = np.zeros((len(latent), 2))

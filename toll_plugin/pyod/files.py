@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +16,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If ``path`` is a folder.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    path = path.resolve()  # a link keeps pointing to what is replaced
+    if path.is_dir():
+        msg = f"path must be a file, but {str(path)!r} is a folder"
+        raise IsADirectoryError(msg)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part.touch(exist_ok=False)  # with the permissions that the process gives to new files
     try:
+        if path.exists():
+            part.chmod(path.stat().st_mode & 0o777)
         yield part
-        mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
-        part.chmod(mode & 0o777)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The process's mask for new files, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -30,10 +30,11 @@ class _Score(nn.Module):
         self._metric = None if model.metric is None else [torch.from_numpy(part) for part in model.metric]
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = self._scaling.transform_tensor(x)
+        scaled, limit = self._scaling.transform_tensor(x), self._scaling.limit
+        inputs = scaled if limit is None else scaled.clamp(-limit, limit)
         scores = []
         for network in self.networks:
-            reconstruction, latent = network(scaled)
+            reconstruction, latent = network(inputs)
             residual = scaled - reconstruction
             if self._metric is not None:
                 mean, matrix = self._metric

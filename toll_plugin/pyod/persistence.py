@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from os import PathLike
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from toll_plugin import __version__
+from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
 from toll_plugin.core.objective import TollLoss
 from toll_plugin.core.table import ResidualMetric, TableModel
 from toll_plugin.core.table_scaling import TableScaling
@@ -77,15 +79,24 @@ def load(
     """See :meth:`toll_plugin.pyod.TollDetector.load`."""
     header, arrays = _read(Path(path))
     config = json.loads(header["config"])
-    parameters = config["parameters"] | {"hidden_sizes": tuple(config["parameters"]["hidden_sizes"])}
     own = {"encoder": encoder, "decoder": decoder}
+    trained_own = config["networks"] == [None]
     for name, module in own.items():
-        if (parameters[name] is None) != (module is None):
+        if trained_own != (module is not None):
             what = "was trained with one of your own: pass" if module is None else "has none of your own: do not pass"
             msg = f"{name} must match the detector in {str(path)!r}, which {what} {name}"
             raise ValueError(msg)
-    detector = cls(**(parameters | own))
-    networks = detector._networks_like(config["inputs"], config["networks"])
+    parameters: dict[str, Any] = {
+        name: own.get(name, tuple(value) if isinstance(value, list) else value)
+        for name, value in config["parameters"].items()  # those of a subclass may be others
+    }
+    detector = cls(**parameters)
+    unused = torch.Generator()  # initial weights are drawn, though not from the global generator
+    dense = [DenseAutoencoder(**shape, generator=unused) for shape in config["networks"] if shape is not None]
+    networks: list[nn.Module] = list(dense)
+    if encoder is not None and decoder is not None:
+        modules = copy.deepcopy((encoder, decoder))
+        networks = [Autoencoder(*(module.float() for module in modules), input_shape=(config["inputs"],))]
     for i, network in enumerate(networks):
         prefix = f"network.{i}."
         state = {
@@ -147,6 +158,8 @@ def _plain(name: str, value: Any) -> Any:
         return str(value)
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [_plain(f"{name}[{i}]", item) for i, item in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):

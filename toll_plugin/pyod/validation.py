@@ -18,13 +18,14 @@ __all__ = ["check_contamination", "check_device", "check_finite", "check_table",
 _CHUNK = 4096
 
 
-def check_table(estimator: Any, x: Any, *, reset: bool) -> NDArray[Any]:
+def check_table(estimator: Any, x: Any, *, reset: bool, minimum: int = 1) -> NDArray[Any]:
     """``x`` as a two-dimensional array of single or double precision, not copied if it is one already.
 
     Args:
         estimator: Gets ``n_features_in_`` and ``feature_names_in_`` if ``reset``, else is compared.
         x: Array, memory map, DataFrame or nested list.
-        reset: Whether this is a fit.
+        reset: Whether the columns are met for the first time.
+        minimum: Rows that are needed.
 
     Raises:
         TypeError: If ``x`` is sparse.
@@ -37,7 +38,7 @@ def check_table(estimator: Any, x: Any, *, reset: bool) -> NDArray[Any]:
         reset=reset,
         dtype=[np.float64, np.float32],
         ensure_all_finite=False,
-        ensure_min_samples=2 if reset else 1,
+        ensure_min_samples=minimum,
     )
     check_finite(table, getattr(estimator, "feature_names_in_", None))
     return table
@@ -89,7 +90,7 @@ def check_device(device: Any) -> torch.device:
     """
     try:
         found = torch.device(device)
-        torch.empty(1, device=found)
+        torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         msg = f"device must be one that torch can use here, such as 'cpu', got {device!r}: {error}"
         raise ValueError(msg) from error

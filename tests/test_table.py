@@ -1,0 +1,186 @@
+"""From raw rows to scores: scaling, folded networks, the metric of the residual."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from torch import nn
+
+from toll_plugin.core import (
+    Autoencoder,
+    DenseAutoencoder,
+    ResidualMetric,
+    TableModel,
+    TableScaling,
+    TollLoss,
+    fit_table,
+)
+from toll_plugin.core.folded import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
+from toll_plugin.core.table import TableRows
+
+X = np.random.default_rng(0).normal(size=(50, 4))
+
+
+# -- scaling -----------------------------------------------------------------------------------
+
+
+def test_standard_scaling_by_hand():
+    scaling = TableScaling("standard").fit(np.array([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]]))
+    np.testing.assert_allclose(scaling.centre, [3.0, 5.0])
+    np.testing.assert_allclose(scaling.scale, [np.sqrt(8 / 3), 5.0])  # a constant column by its own size
+    np.testing.assert_allclose(scaling.transform(np.array([[3.0, 10.0]])), [[0.0, 1.0]])
+
+
+def test_robust_scaling_leaves_out_what_lies_beyond_the_fences():
+    values = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 1000.0])
+    scaling = TableScaling().fit(values[:, None])
+    # Quartiles 1.25 and 3.75, median 2.5: the fences lie 10 * 2.5 / 1.349 = 18.5 around it.
+    np.testing.assert_allclose(scaling.centre, [2.0])
+    np.testing.assert_allclose(scaling.scale, [np.sqrt(2.0)])
+
+
+def test_far_values_are_compressed_by_hand():
+    scaling = TableScaling("standard").fit(np.array([[-1.0], [1.0]]))
+    found = scaling.transform(np.array([[10.0], [11.0], [-110.0]]))
+    np.testing.assert_allclose(found.ravel(), [10.0, 10 + np.log(2), -(10 + np.log(101))])
+
+
+def test_raw_values_stay():
+    np.testing.assert_array_equal(TableScaling("none").fit(X).transform(X * 1e9), X * 1e9)
+
+
+def test_unknown_scaling():
+    with pytest.raises(ValueError, match="preprocessing must be one of 'robust', 'standard', 'none', got 'max'"):
+        TableScaling("max")
+
+
+finite = st.floats(-1e300, 1e300, allow_subnormal=False)
+
+
+@given(
+    table=arrays.arrays(np.float64, (7, 3), elements=finite),
+    row=arrays.arrays(np.float64, (1, 3), elements=st.floats(allow_nan=False, allow_infinity=False)),
+    kind=st.sampled_from(["robust", "standard"]),
+)
+def test_every_finite_value_stays_finite_and_in_order(table, row, kind):
+    scaling = TableScaling(kind).fit(table)
+    assert (scaling.scale > 0).all()
+    found = scaling.transform(np.vstack([table, row]))
+    assert np.isfinite(found).all()
+    assert (found * np.sign(np.vstack([table, row]) - scaling.centre) >= -1e-9).all()
+    in_torch = scaling.transform_tensor(torch.from_numpy(row))
+    np.testing.assert_allclose(in_torch.numpy(), found[-1:], rtol=1e-9, atol=1e-9)
+
+
+@given(values=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20, unique=True))
+def test_scaling_keeps_the_order_of_values(values):
+    rising = np.sort(np.array(values))[:, None]
+    found = TableScaling().fit(X[:, :1]).transform(rising)
+    assert (np.diff(found.ravel()) >= 0).all()
+
+
+def test_rows_are_scaled_when_they_are_fetched():
+    scaling = TableScaling().fit(X)
+    rows = TableRows(X, np.array([5, 7, 9]), scaling, torch.device("cpu"))
+    assert len(rows) == 3
+    expected = torch.from_numpy(scaling.transform(X[[9, 5]])).float()
+    torch.testing.assert_close(rows[torch.tensor([2, 0])], expected, rtol=0, atol=0)
+    assert rows[0:2].shape == (2, 4)
+
+
+# -- networks ----------------------------------------------------------------------------------
+
+
+def trained(**arguments) -> DenseAutoencoder:
+    network = DenseAutoencoder(4, (6, 5), 2, **arguments)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                for values in (module.weight, module.bias, module.running_mean):
+                    values.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return network.eval()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"batch_norm": False}, {"dropout": 0.5}])
+def test_a_folded_network_computes_what_its_module_does(arguments):
+    network = trained(**arguments)
+    x = in_blocks(X)
+    assert len(x) % BLOCK == 0
+    found = FoldedAutoencoder(network)(x)
+    with torch.no_grad():
+        expected = network.double()(torch.from_numpy(x))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=1e-10, atol=1e-12)
+    for one, other in zip(found, ModuleAutoencoder(network)(x), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_module_of_ones_own_is_not_changed_by_scoring():
+    network = Autoencoder(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), nn.Linear(3, 4), input_shape=(4,))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    TableModel(TableScaling().fit(X), [network], TollLoss(0.1)).score(X)
+    assert network.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.dtype == before[name].dtype
+
+
+# -- the metric --------------------------------------------------------------------------------
+
+
+def test_the_metric_by_hand():
+    # Uncorrelated columns of variance 1 and 100: each distance over the deviation, and the root of 1 + ridge.
+    residuals = np.array([[1.0, 10.0], [1.0, -10.0], [-1.0, 10.0], [-1.0, -10.0]])
+    metric = ResidualMetric.of([residuals[:2], residuals[2:]])
+    np.testing.assert_allclose(metric.mean, [0, 0], atol=1e-12)
+    np.testing.assert_allclose(metric.matrix, np.diag([1.0, 0.1]) / np.sqrt(1.1), atol=1e-12)
+
+
+def test_one_far_residual_hardly_moves_the_metric():
+    residuals = np.random.default_rng(0).normal(size=(200, 3))
+    plain = ResidualMetric.of([residuals])
+    residuals[7] *= 1e6
+    moved = ResidualMetric.of([residuals])
+    np.testing.assert_allclose(moved.matrix, plain.matrix, atol=0.2)
+    assert np.isfinite(ResidualMetric.of([np.zeros((5, 3))]).matrix).all()
+
+
+def test_parts_are_those_of_an_independent_loop():
+    network, loss = trained().double(), TollLoss(0.3)
+    scaling = TableScaling().fit(X)
+    metric = ResidualMetric.of(TableModel(scaling, [network], loss).residuals(X, np.arange(50)))
+    model = TableModel(scaling, [network], loss, metric)
+    parts, scores = model.parts(X), model.score(X)
+    for i in (0, 17, 49):
+        with torch.no_grad():
+            reconstruction, latent = network(torch.from_numpy(scaling.transform(X[i : i + 1])))
+        residual = (scaling.transform(X[i : i + 1]) - reconstruction.numpy() - metric.mean) @ metric.matrix
+        error, norm = np.sqrt((residual**2).sum()), np.sqrt((latent.numpy() ** 2).sum())
+        assert scores[i] == pytest.approx(error + 0.3 * norm)
+        assert parts.reconstruction[i] == pytest.approx(error)
+        assert parts.latent[i] == pytest.approx(norm)
+        np.testing.assert_allclose(parts.contributions[i], residual.ravel() ** 2 / error)
+
+
+def test_fit_table_holds_out_the_share_it_was_asked_for():
+    seen = {}
+
+    def scaling(x, rows):
+        seen["rows"] = rows
+        return TableScaling().fit(x, rows)
+
+    def networks(inputs, generator):
+        return [DenseAutoencoder(inputs, (4,), 2, generator=generator)]
+
+    model, (history,) = fit_table(
+        X, TollLoss(0.1), scaling, networks, validation_fraction=0.2, max_steps=None, max_epochs=3
+    )
+    assert len(seen["rows"]) == 40
+    assert len(set(seen["rows"])) == 40
+    assert len(history.validation) == 3
+    assert model.inputs == 4
