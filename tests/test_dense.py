@@ -30,12 +30,9 @@ def loss_of(network, x, loss):
     return loss(x, *network(x))
 
 
-@pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("exponent", [1, 2])
-@pytest.mark.parametrize("n", [1, 2, 17])
+@pytest.mark.parametrize(("batch_norm", "n"), [(True, 2), (True, 17), (False, 1), (False, 17)])
 def test_gradients_are_autograds(batch_norm, exponent, n):
-    if n == 1 and batch_norm:
-        pytest.skip("torch has no batch statistics of one sample; see the next test")
     members = [network.double() for network in networks(batch_norm=batch_norm)]
     loss, x = TollLoss(0.7, exponent=exponent), X[:n].double()
     ensemble = DenseEnsemble(members)

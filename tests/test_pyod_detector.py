@@ -24,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 from sklearn.base import clone
+from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
-from sklearn.preprocessing import QuantileTransformer
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, QuantileTransformer, StandardScaler
 from torch import nn
 
 from toll_plugin.core import DivergenceError
@@ -536,3 +537,177 @@ def test_a_pickle_holds_no_training_rows_and_no_optimiser():
     grown = len(pickle.dumps(long)) - len(pickle.dumps(short))
     assert grown <= rows * 16 + 4000  # a score and a label each, and the curves
     assert b"torch.optim" not in pickle.dumps(short)
+
+
+# -- what a review found -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parameters", [{}, {"metric": "euclidean"}])
+def test_scores_grow_on_every_ray_once_it_is_far(parameters):
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    detector = TollDetector(**{"max_steps": 400} | parameters).fit(x)
+    angles = np.linspace(0.1, 2 * np.pi, 24)
+    rays = np.column_stack([np.cos(angles), np.sin(angles)])
+    highest = detector.decision_scores_.max()
+    near, far, farther = (detector.decision_function(radius * rays) for radius in (12, 200, 1e5))
+    assert (near > highest).all()
+    assert (far > 2 * highest).all()
+    assert (farther > far).all()
+
+
+def test_threads_may_score_at_once_with_own_modules():
+    encoder = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+    detector = make(encoder=encoder, decoder=nn.Linear(3, 6), n_members=1).fit(X)
+    rows, wrong = np.tile(OTHER, (40, 1)), []
+    expected = detector.decision_function(rows)
+
+    def work():
+        wrong.extend(not np.array_equal(detector.decision_function(rows), expected) for _ in range(10))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(wrong)
+    np.testing.assert_array_equal(detector.decision_function(rows), expected)
+
+
+def test_fits_that_overlap_put_the_threads_back():
+    from threadpoolctl import threadpool_info
+
+    def limits():
+        return sorted((pool["filepath"], pool["num_threads"]) for pool in threadpool_info())
+
+    before = limits()
+    threads = [threading.Thread(target=make(max_steps=steps).fit, args=(X,)) for steps in (100, 300, 200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert limits() == before
+
+
+def test_wide_networks_score_alike_on_any_number_of_threads():
+    from threadpoolctl import threadpool_limits
+
+    table = np.random.default_rng(0).normal(size=(60, 600))
+    detector = make(hidden_sizes=(400,), max_steps=3).fit(table)
+    with threadpool_limits(1):
+        alone = detector.decision_function(table)
+    np.testing.assert_array_equal(detector.decision_function(table), alone)
+    np.testing.assert_array_equal(alone, detector.decision_scores_)
+
+
+def test_parameters_set_after_a_fit_wait_for_the_next():
+    detector = make(beta=0.5).fit(X)
+    scores = detector.decision_function(OTHER)
+    detector.set_params(beta=5.0, exponent=2, metric="euclidean", n_members=7, preprocessing="none")
+    np.testing.assert_array_equal(detector.decision_function(OTHER), scores)
+    found = detector.explain(OTHER)
+    np.testing.assert_allclose(found.reconstruction + found.latent, scores)
+
+
+class _InPlace(StandardScaler):
+    """Writes to what it is given."""
+
+    def __init__(self):
+        super().__init__(copy=False)
+
+
+@pytest.mark.parametrize("transformer", [_InPlace(), PCA(3), StandardScaler()], ids=["in place", "fewer", "plain"])
+def test_transformers_get_copies_in_blocks_of_one_size(transformer):
+    before = X.copy()
+    detector = make(preprocessing=transformer).fit(X)
+    np.testing.assert_array_equal(X, before)
+    scores = detector.decision_function(X)
+    np.testing.assert_array_equal(scores, detector.decision_scores_)
+    np.testing.assert_array_equal(np.concatenate([detector.decision_function(X[i : i + 1]) for i in range(61)]), scores)
+    single = X.astype(np.float32)
+    np.testing.assert_array_equal(
+        detector.decision_function(single), detector.decision_function(single.astype(np.float64))
+    )
+
+
+def test_explanations_take_their_names_from_the_transformer():
+    frame = pd.DataFrame(X, columns=list("abcdef"))
+    assert make(preprocessing=PCA(6)).fit(frame).explain(frame).names[0] == "pca0"
+    assert make(preprocessing=StandardScaler()).fit(frame).explain(frame).names == tuple("abcdef")
+    nameless = FunctionTransformer(np.abs)
+    assert make(preprocessing=nameless).fit(frame).explain(frame).names[1] == "input 1"
+
+
+def test_transformers_that_give_no_finite_table():
+    detector = make(preprocessing=FunctionTransformer(np.log)).fit(np.exp(X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, of the logarithm
+        with pytest.raises(ValueError, match="preprocessing must give one row of finite values for each row"):
+            detector.decision_function(-np.exp(X))
+    with pytest.raises(ValueError, match="preprocessing must give a dense table of numbers"):
+        make(preprocessing=OneHotEncoder(handle_unknown="ignore")).fit(X)
+    with pytest.raises(ValueError, match="preprocessing must give values that single precision holds, got up to 1e"):
+        make(preprocessing="none").fit(np.full((5, 3), 1e60) * RNG_SIGNS)
+
+
+RNG_SIGNS = np.array([1.0, -1.0, 1.0])
+
+
+def test_one_far_row_does_not_blind_a_sparse_column():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(500, 3))
+    table[:, 0] = np.where(rng.random(500) < 0.9, 0.0, rng.normal(3, 0.5, size=500))
+    odd = np.array([[60.0, 0.0, 0.0]])
+    table[17, 0] = 1e6
+    detector = make(max_steps=200).fit(table)
+    assert (detector.decision_function(odd) > detector.decision_scores_).mean() > 0.99
+
+
+def test_curves_of_members_that_stopped_apart_are_averaged(monkeypatch):
+    from toll_plugin.core import fit, table_training
+
+    def one_by_one(networks, *arguments, **options):
+        return [fit(network, *arguments, **options) for network in networks]
+
+    monkeypatch.setattr(table_training, "fit_ensemble", one_by_one)  # as on a device other than the CPU
+    detector = make(max_steps=None, epochs=60, patience=2, validation_fraction=0.3, lr=0.02, n_members=3).fit(X)
+    assert len(set(detector.best_epoch_)) > 1
+    assert np.isfinite(detector.history_["validation"]).all()
+    assert len(detector.history_["validation"]) == max(detector.best_epoch_) + 3
+
+
+def test_patience_needs_rows_held_out():
+    with pytest.raises(ValueError, match="patience needs rows held out: validation_fraction must be more than 0"):
+        make(patience=5).fit(X)
+
+
+def test_one_row_is_no_piece():
+    detector = make().fit(X)
+    with pytest.raises(ValueError, match="1 sample"):
+        detector.partial_fit(X[:1])
+
+
+def test_a_thresholder_that_labels_nothing():
+    class Never:
+        labels_, thresh_ = None, 1e9
+
+        def fit(self, scores):
+            self.labels_ = np.zeros(len(scores), dtype=int)
+
+        def predict(self, scores):
+            return np.zeros(len(scores), dtype=int)
+
+    detector = make(contamination=Never()).fit(X)
+    rejected, stats = detector.predict_with_rejection(X, return_stats=True)
+    assert set(np.unique(rejected)) <= {-2, 0}
+    assert np.isfinite(stats).all()
+    assert detector.rejection_threshold_ == pytest.approx(1 - 2 * np.exp(-32))
+
+
+@pytest.mark.parametrize("value", [1e154, 1e300])
+def test_raw_rows_beyond_double_precision_are_silent_and_explained(value):
+    detector = make(preprocessing="none").fit(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row = np.full((1, 6), value)
+        assert np.isfinite(detector.decision_function(row)).all()
+        assert np.isfinite(detector.explain(row).contributions).all()

@@ -117,6 +117,46 @@ def test_an_interrupted_save_leaves_what_was_there(saved, monkeypatch, failure):
     assert [path.name for path in saved.parent.iterdir()] == ["detector.toll"]
 
 
+def test_a_link_keeps_pointing_to_what_is_saved(saved):
+    Path("link.toll").symlink_to(saved)
+    make().fit(OTHER).save("link.toll")
+    assert Path("link.toll").is_symlink()
+    assert same(TollDetector.load(saved), make().fit(OTHER))
+
+
+def test_a_folder_is_no_file():
+    Path("folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"path must be a file, but .*folder' is a folder"):
+        make().fit(X).save("folder")
+
+
+class _Small(TollDetector):
+    """A subclass with a constructor of its own."""
+
+    def __init__(self, contamination=0.1):
+        super().__init__(contamination, max_steps=20, n_members=1)
+
+
+def test_a_subclass_loads_as_itself():
+    detector = _Small().fit(X)
+    detector.save("small.toll")
+    loaded = _Small.load("small.toll")
+    assert type(loaded) is _Small
+    assert same(loaded, detector)
+
+
+def test_what_is_saved_is_what_was_fitted():
+    detector = make(hidden_sizes=np.array([16, 8])).fit(X)
+    twin = make().fit(X)
+    detector.set_params(n_members=5, latent_dim=9)
+    detector.save("detector.toll")
+    state = torch.get_rng_state()
+    loaded = TollDetector.load("detector.toll")
+    assert same(loaded, twin)
+    assert list(loaded.history_) == list(twin.history_)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_saving_where_no_folder_is():
     with pytest.raises(FileNotFoundError):
         make().fit(X).save("nowhere/detector.toll")
