@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pyod.models.base import BaseDetector
 from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from toll_plugin.core.checks import check_integer, check_option
@@ -24,6 +22,7 @@ from toll_plugin.core.table import Floats, Preprocessing, TableModel
 from toll_plugin.core.table_scaling import TablePreprocessing, TableScaling
 from toll_plugin.core.table_training import Metric, fit_table
 from toll_plugin.core.training import History
+from toll_plugin.pyod.base import CarefulDetector
 from toll_plugin.pyod.explanation import Explanation, plot_history, plot_latent
 from toll_plugin.pyod.onnx import to_onnx
 from toll_plugin.pyod.persistence import load, save
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["TollDetector"]
 
 
-class TollDetector(BaseDetector):
+class TollDetector(CarefulDetector):
     r"""Targeted collapse autoencoders for tables: train on rows taken for normal, score any.
 
     The score of a row x, higher is more anomalous, is the mean over ``n_members`` networks that
@@ -191,13 +190,8 @@ class TollDetector(BaseDetector):
         new._model = model
         new.history_ = _mean_curves(histories)
         new.best_epoch_ = [history.best_epoch for history in histories]
-        new._classes = 2
         new.decision_scores_ = model.score(table)
-        base = new._as_base()
-        BaseDetector._process_decision_scores(base)
-        new.threshold_, new.labels_ = float(base.threshold_), np.asarray(base.labels_).astype(int)
-        # Equal scores have no deviation; a tiny one keeps predict_proba from dividing by zero.
-        new._mu, new._sigma = float(base._mu), float(base._sigma) or max(abs(float(base._mu)), 1.0) * _TINY
+        new._label()
         return new
 
     def _train(self, table: NDArray[Any], start: TableModel | None) -> tuple[TableModel, list[History]]:
@@ -283,11 +277,6 @@ class TollDetector(BaseDetector):
                 names = [f"input {i}" for i in range(self._model.inputs)]
         return [str(name) for name in names]
 
-    def _check_fitted(self) -> None:
-        if not hasattr(self, "_model"):
-            msg = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' before using it"
-            raise NotFittedError(msg)
-
     def _table(self, x: Any) -> NDArray[Any]:
         # scikit-learn's check takes longer than scoring a row. It is needed for everything but plain arrays.
         plain = type(x) is np.ndarray and x.ndim == 2 and x.dtype in _PLAIN and len(x) > 0
@@ -296,85 +285,6 @@ class TollDetector(BaseDetector):
         check_finite(x, None)
         table: NDArray[Any] = x
         return table
-
-    # -- what PyOD's base class would get wrong ------------------------------------------------
-
-    def _as_base(self, share: float | None = None) -> TollDetector:
-        """A view of this detector whose contamination is what the base class can work with.
-
-        The base class takes a NumPy float for a thresholder, and fits the thresholder it is given.
-        """
-        self._check_fitted()
-        view = copy.copy(self)
-        view.contamination = self._thresholder if share is None else share
-        return view
-
-    def fit_predict(self, X: Any, y: Any = None) -> NDArray[np.int64]:  # noqa: N803
-        """``fit``, then the labels of the training rows."""
-        return self.fit(X, y).labels_
-
-    def predict(self, X: Any, return_confidence: bool = False) -> Any:  # noqa: N803
-        """Labels ``(N,)``, 1 for an anomaly; with ``return_confidence`` also :meth:`predict_confidence`."""
-        return BaseDetector.predict(self._as_base(), X, return_confidence)
-
-    def predict_proba(self, X: Any, method: str = "linear", return_confidence: bool = False) -> Any:  # noqa: N803
-        """Probabilities ``(N, 2)`` of normal and anomalous.
-
-        Args:
-            X: Rows.
-            method: ``"linear"`` scales by the smallest and largest training score, ``"unify"`` by their
-                mean and deviation (Kriegel et al. 2011).
-            return_confidence: Whether to return :meth:`predict_confidence` as well.
-
-        Raises:
-            ValueError: If ``method`` is unknown.
-        """
-        base = self._as_base()
-        check_option("method", method, ("linear", "unify"))
-        x = X if hasattr(X, "shape") else np.asarray(X)  # the base class asks for the shape of a list
-        return BaseDetector.predict_proba(base, x, method, return_confidence)
-
-    def predict_confidence(self, X: Any) -> Floats:  # noqa: N803
-        """How surely each label would be the same after a slightly different training, in [0, 1]."""
-        confidence: Floats = BaseDetector.predict_confidence(self._as_base(), X)
-        return confidence
-
-    def predict_with_rejection(
-        self,
-        X: Any,  # noqa: N803
-        T: float = 32,  # noqa: N803
-        return_stats: bool = False,
-        delta: float = 0.1,
-        c_fp: float = 1,
-        c_fn: float = 1,
-        c_r: float = -1,
-    ) -> Any:
-        """Labels, with -2 where the label is too unsure; see PyOD's ``BaseDetector``."""
-        base: Any = self._as_base()
-        cost = c_r if c_r >= 0 else self._share()
-        found = BaseDetector.predict_with_rejection(base, X, T, return_stats, delta, c_fp, c_fn, cost)
-        self.rejection_threshold_: float = base.rejection_threshold_
-        return found
-
-    def compute_rejection_stats(
-        self,
-        T: float = 32,  # noqa: N803
-        delta: float = 0.1,
-        c_fp: float = 1,
-        c_fn: float = 1,
-        c_r: float = -1,
-        verbose: bool = False,
-    ) -> Any:
-        """Expected rejection rate and its bounds; see PyOD's ``BaseDetector``."""
-        base = self._as_base(self._share())
-        return BaseDetector.compute_rejection_stats(base, T, delta, c_fp, c_fn, c_r, verbose)
-
-    def _share(self) -> float:
-        """The share of anomalies: what was given, or what the thresholder found."""
-        self._check_fitted()
-        # At least one row, because the base class's equations have no solution for none.
-        found = max(float(np.mean(self.labels_)), 1 / len(self.labels_))
-        return self._thresholder if isinstance(self._thresholder, float) else found
 
     # -- files (see toll_plugin.pyod.persistence) ---
 
@@ -489,4 +399,3 @@ def _print_epoch(epoch: int, histories: list[History]) -> None:
 
 _CURVES = ("total", "reconstruction", "latent", "validation")
 _PLAIN = (np.dtype(np.float64), np.dtype(np.float32))
-_TINY = float(np.finfo(np.float64).eps)
