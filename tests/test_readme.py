@@ -23,7 +23,7 @@ SMALL = {
     "python -m benchmarks tables '[\"ODDS\"]'": " --names [small] --seeds 1 --methods [TollDetector,KNN] --jobs 1",
     "python -m benchmarks arrhythmia ODDS splits": " --seeds 1 --iterations 40 --jobs 1",
     "python -m benchmarks speed --roots '[\"ODDS\"]'": (
-        " --names [small] --rows 200 --epochs 1 --repeats 1 --memory_rows 30000"
+        " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 30000"
     ),
 }
 
