@@ -87,15 +87,16 @@ def _scaled(scaling: Preprocessing, raw: NDArray[Any]) -> Floats:
 
 
 class ResidualMetric(NamedTuple):
-    r"""The norm that residuals are measured in, :math:`\|M(r - m)\|`.
+    r"""The norm that residuals are measured in, :math:`\|(r - m) M\|` of a row r.
 
-    With :meth:`of`, ``M`` is the inverse root of the residuals' covariance on normal rows, so the
-    norm is their Mahalanobis distance: a direction that normal rows are always reconstructed
-    well in counts more than one that they are not.
+    With :meth:`of`, ``M`` divides by the residuals' deviations on normal rows and multiplies with
+    the inverse root of their correlations (a ridge of 0.1 added), so the norm is a Mahalanobis
+    distance: a direction that normal rows are always reconstructed well in counts more than one
+    that they are not.
 
     Attributes:
         mean: ``m``, shape ``(n_inputs,)``.
-        matrix: ``M``, symmetric, shape ``(n_inputs, n_inputs)``.
+        matrix: ``M``, shape ``(n_inputs, n_inputs)``.
     """
 
     mean: Floats
@@ -105,7 +106,7 @@ class ResidualMetric(NamedTuple):
     def of(cls, residuals: Iterable[Floats]) -> ResidualMetric:
         """The metric of residuals that come in pieces ``(N, n_inputs)``, at least one row in all.
 
-        A row whose norm is more than 5 times the median's of its piece is drawn in to that, so that
+        A row whose norm is more than 5 times the median of its piece is drawn in to that, so that
         anomalies among the rows do not hide others like them.
         """
         count, total, products = 0, 0.0, 0.0
@@ -142,7 +143,7 @@ class TableParts(NamedTuple):
 
 
 class TableModel:
-    r"""A fitted model of a table: :math:`s = \frac1M \sum_m \|M_r(x - \hat x_m)\|^p + \beta\|z_m\|^p`.
+    r"""A fitted model of a table: :math:`s = \frac1M \sum_m \|x - \hat x_m\|^p + \beta\|z_m\|^p`.
 
     Everything is computed in double precision, and a row's score does not depend on which rows
     are scored with it, to the last bit.

@@ -286,7 +286,7 @@ class TollDetector(CarefulDetector):
         table: NDArray[Any] = x
         return table
 
-    # -- files (see toll_plugin.pyod.persistence) ---
+    # -- what toll_plugin.pyod.persistence writes and reads -------------------------------------
 
     def _fitted_values(self) -> dict[str, Any]:
         """What was learned, beside the model and the arrays, as JSON knows it."""

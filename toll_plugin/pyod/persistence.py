@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "load", "save"]
 
-#: Raised when a file of today's kind could not be read by yesterday's code.
+#: Counts up when files change in a way that earlier versions could not read.
 FORMAT = 1
 
 Arrays = dict[str, NDArray[Any]]
