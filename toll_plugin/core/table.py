@@ -247,7 +247,9 @@ class TableModel:
 
     def _clipped(self, scaled: Floats) -> Floats:
         """What the networks see."""
-        return scaled if self._limit is None else scaled.clip(-self._limit, self._limit)
+        if self._limit is None or max(scaled.max(), -scaled.min()) <= self._limit:
+            return scaled
+        return scaled.clip(-self._limit, self._limit)
 
     def _measured(self, scaled: Floats, reconstruction: Floats) -> tuple[Floats, Floats]:
         """Both in the metric of the residual: there, what is measured has the reconstruction zero."""

@@ -83,7 +83,7 @@ class TableScaling:
         for start in range(0, features, width):
             columns = slice(start, start + width)
             part = x[:, columns] if rows is None else x[rows, columns]
-            self.centre[columns], self.scale[columns] = self._measure(np.asarray(part, dtype=np.float64))
+            self.centre[columns], self.scale[columns] = self._measure(np.array(part.T, dtype=np.float64, order="C"))
         constant = self.scale == 0
         if constant.any():
             typical = np.median(self.scale[~constant]) if not constant.all() else 0.0
@@ -92,22 +92,26 @@ class TableScaling:
         return self
 
     def _measure(self, values: Floats) -> tuple[Floats, Floats]:
-        """Centre and scale of some columns; the scale is 0 where a column is constant."""
+        """Centre and scale of some columns, each a contiguous row of ``values``; scale 0 where one is constant."""
         # Squares of 1e200 and of 1e-200 leave double precision, so the columns are brought near 1 first.
-        size = np.abs(values).max(axis=0)
+        size = np.maximum(values.max(axis=1), -values.min(axis=1))
         size[size == 0] = 1.0
-        values = values / size
-        weight = np.ones_like(values)
+        values = values / size[:, None]
+        count = np.full(len(values), float(values.shape[1]))
         if self.kind == "robust":
-            low, middle, high = np.percentile(values, [25, 50, 75], axis=0)
-            spread, distance = (high - low) / 1.349, np.abs(values - middle)
+            low, middle, high = np.percentile(values, [25, 50, 75], axis=1)
+            spread, distance = (high - low) / 1.349, np.abs(values - middle[:, None])
             for column in np.flatnonzero(spread == 0):
-                apart = distance[distance[:, column] > 0, column]
+                apart = distance[column][distance[column] > 0]
                 spread[column] = np.median(apart) / 0.6745 if len(apart) else 0.0
-            weight = (distance <= self.fence * spread).astype(np.float64)
-        count = weight.sum(axis=0)
-        centre = (values * weight).sum(axis=0) / count
-        scale = np.sqrt((np.square(values - centre) * weight).sum(axis=0) / count)
+            outside = distance > self.fence * spread[:, None]
+            count -= outside.sum(axis=1)
+            values[outside] = 0.0
+        centre = values.sum(axis=1) / count
+        values -= centre[:, None]
+        if self.kind == "robust":
+            values[outside] = 0.0
+        scale = np.sqrt(np.einsum("cn,cn->c", values, values) / count)
         scale[scale <= 1e-12 * np.abs(centre)] = 0.0  # rounding errors of a constant
         return centre * size, scale * size
 
@@ -119,9 +123,9 @@ class TableScaling:
             # Both divided first: the difference of two huge numbers may be more than the largest one.
             scaled: Floats = np.divide(X, self.scale, dtype=np.float64, order="C")
             scaled -= self.centre / self.scale
-        distance = np.abs(scaled)
-        far = distance > self.bound
-        if far.any():
+        if max(scaled.max(initial=0), -scaled.min(initial=0)) > self.bound:
+            distance = np.abs(scaled)
+            far = distance > self.bound
             beyond = np.minimum(distance[far], _LARGEST) - self.bound
             scaled[far] = np.copysign(self.bound + np.log1p(beyond), scaled[far])
         return scaled

@@ -25,6 +25,8 @@ Metric = Literal["mahalanobis", "euclidean"]
 
 #: Up to this many bytes the scaled training rows are kept; larger tables are scaled batch by batch.
 _KEPT = 1 << 23
+#: Rows that are scaled at a time.
+_PIECE = 256
 #: Rows that suffice to measure columns and residuals.
 _MEASURED = 10_000
 
@@ -125,4 +127,7 @@ def fit_table(  # noqa: D417  the rest stands at `fit`
 
 
 def _kept(rows: TableRows, inputs: int) -> Rows | Tensor:
-    return rows[:] if 4 * inputs * len(rows) <= _KEPT else rows
+    if 4 * inputs * len(rows) > _KEPT:
+        return rows
+    # In pieces that the processor's cache holds.
+    return torch.cat([rows[slice(start, start + _PIECE)] for start in range(0, len(rows), _PIECE)])
