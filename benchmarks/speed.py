@@ -24,6 +24,9 @@ NETS = {
     "274-256-128-16, batch 100": (274, (256, 128), 16, 100),
 }
 
+#: One network as the others train it, for as many epochs as they do.
+PLAIN = {"n_members": 1, "noise": 0.0, "metric": "euclidean", "max_steps": None}
+
 
 def _seconds(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each, run in turns, after one run of each that is not counted."""
@@ -57,11 +60,8 @@ def _pair(net: str, epochs: int) -> tuple[Any, Any]:
         latent_dim=latent,
         batch_size=batch,
         dropout=0.2,
-        n_members=1,
-        noise=0.0,
-        metric="euclidean",
         epochs=epochs,
-        max_steps=None,
+        **PLAIN,
     )
     pyod = AutoEncoder(hidden_neuron_list=[*hidden, latent], batch_size=batch, epoch_num=epochs, verbose=0)
     return toll, pyod
@@ -176,11 +176,8 @@ def _members(rows: int, epochs: int, repeats: int) -> list[str]:
             hidden_sizes=hidden,
             latent_dim=latent,
             batch_size=batch,
-            n_members=10,
-            noise=0.0,
-            metric="euclidean",
             epochs=epochs,
-            max_steps=None,
+            **PLAIN | {"n_members": 10},
         )
         taken = _seconds(
             {
@@ -206,13 +203,10 @@ def _own_modules(rows: int, epochs: int, repeats: int) -> list[str]:
     own = TollDetector(
         encoder=nn.Sequential(*twin.encoder),
         decoder=nn.Sequential(*twin.decoder),
-        n_members=1,
         batch_size=128,
-        noise=0.0,
         preprocessing="none",
-        metric="euclidean",
         epochs=epochs,
-        max_steps=None,
+        **PLAIN,
     )
     taken = _seconds({"own": lambda: own.fit(x), "plain": lambda: _plain_loop(x, (64,), 32, 128, epochs)}, repeats)
     return [_line("`fit` of your own modules, 100-64-32, batch 128", taken["plain"], taken["own"], "plain torch loop")]
