@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS, finish, provenance
+from benchmarks.records import RESULTS, finish, provenance, run_all
 
 #: What the authors' own code gives with the same split and seeds 0 to 9, measured once.
 AUTHORS = "63.8 ± 6.9"
@@ -124,13 +124,9 @@ def arrhythmia(
         jobs: Processes, one thread each.
         output: Where the record goes.
     """
-    from joblib import Parallel, delayed
-    from tqdm import tqdm
-
     record = {"command": "arrhythmia", **provenance(), "seeds": seeds, "iterations": iterations}
     parts = split(root, splits)
-    work = Parallel(jobs, return_as="generator")(delayed(_one)(parts, seed, iterations) for seed in range(seeds))
-    runs = list(tqdm(work, total=seeds, desc="arrhythmia", unit="seed"))
+    runs = run_all(_one, [(parts, seed, iterations) for seed in range(seeds)], jobs, "arrhythmia", "seed")
     labels = {
         "labelled": "the authors' protocol: the step of 100 with the best F1 on labelled validation rows",
         "label-free": "the step with the lowest loss on the normal validation rows",

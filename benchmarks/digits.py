@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quiet import quiet_engine
-from benchmarks.records import RESULTS, finish, provenance
+from benchmarks.records import RESULTS, finish, mean_and_error, provenance, run_all
 
 
 def _toll(normal_class: int, seed: int, beta: float, max_epochs: int) -> dict[str, Any]:
@@ -83,8 +83,7 @@ def _paired(runs: list[dict[str, Any]], first: str, second: str) -> str:
     by = {(r["method"], r["class"], r["seed"]): r["auroc"] for r in runs}
     keys = [(c, s) for m, c, s in by if m == first]
     gaps = [by[first, c, s] - by[second, c, s] for c, s in keys]
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-    return f"{first} minus {second}: {statistics.mean(gaps):+.4f} ± {error:.4f} (standard error, {len(gaps)} pairs)"
+    return f"{first} minus {second}: {mean_and_error(gaps)} (standard error, {len(gaps)} pairs)"
 
 
 def digits(
@@ -105,14 +104,10 @@ def digits(
         jobs: Processes, one thread each.
         output: Where the record goes.
     """
-    from joblib import Parallel, delayed
-    from tqdm import tqdm
-
     record = {"command": "digits", **provenance(), "max_epochs": max_epochs}
     methods = [("KNN", 0.0)] + [(f"Toll, beta {beta:g}", beta) for beta in betas or (0.01, 0.0, 1.0)]
     runs = [(m, b, c, s, max_epochs) for m, b in methods for s in range(seeds) for c in classes or range(10)]
-    work = Parallel(jobs, return_as="generator")(delayed(_run)(*run) for run in runs)
-    results = list(tqdm(work, total=len(runs), desc="digits", unit="run"))
+    results = run_all(_run, runs, jobs, "digits", "run")
     table = _table(results)
     twin = "Toll, beta 0"
     if any(beta == 0 for _, beta in methods[1:]):

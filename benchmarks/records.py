@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +34,21 @@ def provenance() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def run_all(function: Callable[..., Any], calls: list[tuple[Any, ...]], jobs: int, what: str, unit: str) -> list[Any]:
+    """What ``function`` returns for each of ``calls``, in their order, in ``jobs`` processes, with a bar."""
+    from joblib import Parallel, delayed
+    from tqdm import tqdm
+
+    work = Parallel(jobs, return_as="generator")(delayed(function)(*call) for call in calls)
+    return list(tqdm(work, total=len(calls), desc=what, unit=unit))
+
+
+def mean_and_error(gaps: list[float]) -> str:
+    """Mean of paired differences and its standard error."""
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
+    return f"{statistics.mean(gaps):+.4f} ± {error:.4f}"
 
 
 def finish(path: Path, record: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS, finish, provenance
+from benchmarks.records import RESULTS, finish, mean_and_error, provenance, run_all
 
 #: The tables that were not looked at while the defaults were chosen.
 CHECK = ("vertebral", "lympho", "ionosphere", "cardio", "shuttle", "pendigits", "musk", "mnist")
@@ -159,8 +159,7 @@ def _table(runs: list[dict[str, Any]], protocol: str) -> str:
 def _paired(runs: list[dict[str, Any]], protocol: str, twin: str, metric: str) -> str:
     by = {(r["method"], r["table"], r["seed"]): r[metric] for r in runs if r["protocol"] == protocol}
     gaps = [value - by[twin, table, seed] for (m, table, seed), value in by.items() if m == "TollDetector"]
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-    return f"{statistics.mean(gaps):+.4f} ± {error:.4f}"
+    return mean_and_error(gaps)
 
 
 def tables(
@@ -186,9 +185,6 @@ def tables(
         jobs: Processes, one thread each.
         output: Where the record goes.
     """
-    from joblib import Parallel, delayed
-    from tqdm import tqdm
-
     record = {"command": "tables", **provenance(), "seeds": seeds}
     chosen = [
         (method, name, seed, protocol, roots)
@@ -197,8 +193,7 @@ def tables(
         for seed in range(seeds)
         for method in methods or (*TOLL, *PYOD)
     ]
-    work = Parallel(jobs, return_as="generator")(delayed(_run)(*run) for run in chosen)
-    runs = list(tqdm(work, total=len(chosen), desc="tables", unit="run"))
+    runs = run_all(_run, chosen, jobs, "tables", "run")
     parts = []
     for protocol in protocols:
         parts.append(_table(runs, protocol))

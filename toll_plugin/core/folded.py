@@ -13,17 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from toll_plugin.core.dense import blocks
 from toll_plugin.core.networks import DenseAutoencoder
+from toll_plugin.core.table_scaling import Floats
 
 __all__ = ["BLOCK", "FoldedAutoencoder", "ModuleAutoencoder", "in_blocks"]
 
 BLOCK = 8
-
-Floats = NDArray[np.float64]
 
 
 def in_blocks(x: Floats) -> Floats:

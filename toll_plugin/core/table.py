@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from toll_plugin.core.folded import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import TollLoss, TollTerms
-from toll_plugin.core.table_scaling import TableScaling
+from toll_plugin.core.table_scaling import Floats, TableScaling
 from toll_plugin.core.threads import one_thread
 
 __all__ = ["Floats", "Preprocessing", "ResidualMetric", "TableModel", "TableParts", "TableRows"]
-
-Floats = NDArray[np.float64]
 
 #: Added to the eigenvalues of the residuals' correlation matrix.
 _RIDGE = 0.1

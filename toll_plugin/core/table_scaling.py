@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toll_plugin.core.checks import check_option
 
-__all__ = ["TablePreprocessing", "TableScaling"]
+__all__ = ["Floats", "TablePreprocessing", "TableScaling"]
 
 TablePreprocessing = Literal["robust", "standard", "none"]
 

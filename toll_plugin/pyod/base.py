@@ -12,10 +12,9 @@ from sklearn.exceptions import NotFittedError
 from typing_extensions import Self
 
 from toll_plugin.core.checks import check_option
+from toll_plugin.core.table import Floats
 
 __all__ = ["CarefulDetector"]
-
-Floats = NDArray[np.float64]
 
 
 class CarefulDetector(BaseDetector):
