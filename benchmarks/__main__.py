@@ -7,6 +7,7 @@ from jsonargparse import auto_cli
 from benchmarks.arrhythmia import arrhythmia
 from benchmarks.digits import digits
 from benchmarks.imports import imports
+from benchmarks.mixin import mixin
 from benchmarks.overhead import overhead
 from benchmarks.readme import readme
 from benchmarks.speed import speed
@@ -19,6 +20,7 @@ def main() -> None:
         "arrhythmia": arrhythmia,
         "digits": digits,
         "imports": imports,
+        "mixin": mixin,
         "overhead": overhead,
         "readme": readme,
         "speed": speed,

@@ -1,4 +1,4 @@
-"""An engine that shows nothing and leaves nothing behind."""
+"""Engines and trainers that show nothing and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -16,4 +16,21 @@ def quiet_engine(folder: str, max_epochs: int) -> Any:
         devices=1,
         enable_progress_bar=False,
         enable_model_summary=False,
+    )
+
+
+def quiet_trainer(max_epochs: int) -> Any:
+    """Lightning's Trainer on one CPU device, writing nothing: some models have checkpoints of gigabytes."""
+    from lightning.pytorch import Trainer
+
+    return Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        devices=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
     )

@@ -2,17 +2,42 @@
 
 from importlib import import_module
 
+from toll_plugin.anomalib import collapsed
 from toll_plugin.anomalib.callbacks import RestoreBestWeights
+from toll_plugin.anomalib.collapsed import (
+    CollapsedDinomaly,
+    CollapsedDraem,
+    CollapsedEfficientAd,
+    CollapsedFre,
+    CollapsedGanomaly,
+    CollapsedGlass,
+    CollapsedInpFormer,
+    CollapsedReverseDistillation,
+    CollapsedSupersimplenet,
+    CollapsedUniNet,
+)
 from toll_plugin.anomalib.datamodules import DigitsOneVsRest, OneVsRest
 from toll_plugin.anomalib.lightning_model import Toll
+from toll_plugin.anomalib.mixin import TargetedCollapseMixin
 from toll_plugin.anomalib.post_processor import TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.anomalib.torch_model import TollModel
 
 __all__ = [
+    "CollapsedDinomaly",
+    "CollapsedDraem",
+    "CollapsedEfficientAd",
+    "CollapsedFre",
+    "CollapsedGanomaly",
+    "CollapsedGlass",
+    "CollapsedInpFormer",
+    "CollapsedReverseDistillation",
+    "CollapsedSupersimplenet",
+    "CollapsedUniNet",
     "DigitsOneVsRest",
     "OneVsRest",
     "RestoreBestWeights",
+    "TargetedCollapseMixin",
     "Toll",
     "TollModel",
     "TollPostProcessor",
@@ -21,5 +46,7 @@ __all__ = [
 
 # anomalib's CLI finds subclasses, but its get_model and benchmark look for attributes. Not
 # `import anomalib.models`: this also runs while that import is still under way.
-for _package, _class in (("anomalib.models", Toll), ("anomalib.data", DigitsOneVsRest)):
-    setattr(import_module(_package), _class.__name__, _class)
+_MODELS = (Toll, *(getattr(collapsed, name) for name in collapsed.__all__))
+for _package, _classes in (("anomalib.models", _MODELS), ("anomalib.data", (DigitsOneVsRest,))):
+    for _class in _classes:
+        setattr(import_module(_package), _class.__name__, _class)

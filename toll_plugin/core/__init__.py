@@ -5,6 +5,7 @@ from toll_plugin.core.divergence import DivergenceError
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, DenseAutoencoder
 from toll_plugin.core.objective import TollLoss, TollTerms, toll_score, toll_slopes, toll_terms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
+from toll_plugin.core.penalty import LayerPass, TargetedCollapse, latent_norm
 from toll_plugin.core.scaling import ImageScaling, contrast_normalise, contrast_range
 from toll_plugin.core.table import ResidualMetric, TableModel
 from toll_plugin.core.table_scaling import TableScaling
@@ -20,11 +21,13 @@ __all__ = [
     "Finding",
     "History",
     "ImageScaling",
+    "LayerPass",
     "Paper28Autoencoder",
     "Paper32Autoencoder",
     "ResidualMetric",
     "TableModel",
     "TableScaling",
+    "TargetedCollapse",
     "TollLoss",
     "TollTerms",
     "TollWarning",
@@ -33,6 +36,7 @@ __all__ = [
     "fit",
     "fit_ensemble",
     "fit_table",
+    "latent_norm",
     "terms_of",
     "toll_score",
     "toll_slopes",

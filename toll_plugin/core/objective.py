@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_option
 
-__all__ = ["ScoreTerm", "TollLoss", "TollTerms", "toll_score", "toll_slopes", "toll_terms"]
+__all__ = ["ScoreTerm", "TollLoss", "TollTerms", "norm_per_sample", "toll_score", "toll_slopes", "toll_terms"]
 
 ScoreTerm = Literal["total", "reconstruction", "latent"]
 
@@ -31,7 +31,8 @@ class TollTerms(NamedTuple):
     latent: Tensor
 
 
-def _norm_per_sample(values: Any, exponent: int) -> Any:
+def norm_per_sample(values: Any, exponent: int) -> Any:
+    """Euclidean norm of each row's values, to the power ``exponent``: the one norm of loss and score."""
     if isinstance(values, np.ndarray):
         values = values.reshape(len(values), -1)
         total = np.einsum("nd,nd->n", values, values)
@@ -81,7 +82,7 @@ def toll_terms(x: Tensor, reconstruction: Tensor, latent: Tensor, *, exponent: i
     if latent.ndim < 2 or latent.shape[0] != x.shape[0]:
         msg = f"latent must have shape ({x.shape[0]}, ...), one row per sample of x, got {tuple(latent.shape)}"
         raise ValueError(msg)
-    return TollTerms(_norm_per_sample(x - reconstruction, exponent), _norm_per_sample(latent, exponent))
+    return TollTerms(norm_per_sample(x - reconstruction, exponent), norm_per_sample(latent, exponent))
 
 
 def toll_score(terms: TollTerms, *, beta: float, term: ScoreTerm = "total") -> Tensor:

@@ -1,7 +1,18 @@
 """Toll for PyOD: detectors for tables. Importing this loads PyOD and torch, not anomalib."""
 
+from toll_plugin.pyod.collapsed import CollapsedAE1SVM, CollapsedAutoEncoder, CollapsedDeepSVDD, CollapsedVAE
 from toll_plugin.pyod.detector import TollDetector
 from toll_plugin.pyod.engine import register
 from toll_plugin.pyod.explanation import Explanation
+from toll_plugin.pyod.mixin import TargetedCollapseMixin
 
-__all__ = ["Explanation", "TollDetector", "register"]
+__all__ = [
+    "CollapsedAE1SVM",
+    "CollapsedAutoEncoder",
+    "CollapsedDeepSVDD",
+    "CollapsedVAE",
+    "Explanation",
+    "TargetedCollapseMixin",
+    "TollDetector",
+    "register",
+]

@@ -1,0 +1,169 @@
+"""anomalib's models that targeted collapse is tried on, at a size that two cores can train."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.backbones import local_backbone
+from benchmarks.quiet import quiet_trainer
+
+RESNET = {"backbone": "resnet18"}
+
+
+class ImageHost(NamedTuple):
+    """How a host is trained here.
+
+    Attributes:
+        arguments: Of its constructor, given the side of the images.
+        pretrained: Whether it needs pretrained weights of a ResNet-18.
+        sizes: Side of the images in pixels, on the digits and on parts; 0 where it is not run.
+        epochs: On the digits and on parts.
+        batch_size: Of training.
+    """
+
+    arguments: Callable[[int], dict[str, Any]]
+    pretrained: bool
+    sizes: tuple[int, int]
+    epochs: tuple[int, int]
+    batch_size: int = 16
+
+
+HOSTS = {
+    "Ganomaly": ImageHost(
+        lambda _: {"n_features": 32, "latent_vec_size": 64, "batch_size": 16}, False, (32, 64), (20, 10)
+    ),
+    "ReverseDistillation": ImageHost(lambda _: RESNET, True, (64, 128), (10, 5)),
+    "Fre": ImageHost(
+        lambda side: RESNET | {"layer": "layer3", "latent_dim": 64, "input_dim": 256 * (side // 32) ** 2},
+        True,
+        (64, 128),
+        (30, 10),
+    ),
+    "Supersimplenet": ImageHost(lambda _: RESNET | {"layers": ["layer2", "layer3"]}, True, (96, 128), (3, 2)),
+    "Glass": ImageHost(
+        lambda side: (
+            RESNET | {"input_shape": (side, side), "pretrain_embed_dim": 384, "target_embed_dim": 384, "step": 3}
+        ),
+        True,
+        (64, 128),
+        (10, 2),
+    ),
+    # A step of 16 images of 128 pixels takes a minute on one core.
+    "Draem": ImageHost(lambda _: {}, False, (32, 0), (3, 0), 8),
+}
+
+
+def _data(part: str, seed: int, batch_size: int, mvtec: Path | None) -> Any:
+    from anomalib.data import MVTecAD
+
+    from toll_plugin.anomalib import DigitsOneVsRest
+
+    if part.isdigit():
+        return DigitsOneVsRest(int(part), train_batch_size=batch_size, eval_batch_size=64, seed=seed)
+    return MVTecAD(
+        root=mvtec,
+        category=part,
+        train_batch_size=batch_size,
+        eval_batch_size=16,
+        num_workers=0,
+        val_split_mode="from_train",
+        val_split_ratio=0.2,
+        seed=seed,
+    )
+
+
+def _model(name: str, side: int, weight: float | None, weights: Path | None, textures: str) -> Any:
+    import toll_plugin.anomalib as collapsed
+
+    host, kind = HOSTS[name], getattr(collapsed, f"Collapsed{name}")
+    arguments = host.arguments(side) | ({"dtd_dir": textures} if name == "Draem" else {})
+    with local_backbone("resnet18", weights):
+        return kind(
+            collapse_weight=weight,
+            pre_processor=kind.configure_pre_processor((side, side)),
+            visualizer=False,
+            evaluator=False,
+            **arguments,
+        )
+
+
+def _scores(model: Any, data: Any, score_weight: float) -> tuple[Any, Any]:
+    """Raw scores of the test images, before any mapping ties them, and their labels."""
+    import torch
+
+    model.eval()
+    model.collapse.score_weight = score_weight
+    scores, labels = [], []
+    with torch.no_grad():
+        for loaded in data.test_dataloader():
+            labels.append(loaded.gt_label)
+            batch = loaded.update(image=model.pre_processor(loaded.image))
+            scores.append(model.predict_step(batch, 0).pred_score.reshape(-1))
+    return torch.cat(scores).double().numpy(), torch.cat(labels).int().numpy()
+
+
+def run_image(
+    name: str, part: str, seed: int, strength: float, mvtec: Path | None, weights: Path | None
+) -> dict[str, Any]:
+    """AUROC of a host, trained with ``strength`` times its default weight, without and with the term in its score."""
+    import lightning.pytorch as pl
+    import torch
+    from sklearn.metrics import roc_auc_score
+
+    import toll_plugin.anomalib as collapsed
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    digits = part.isdigit()
+    host = HOSTS[name]
+    side, epochs = (host.sizes[0], host.epochs[0]) if digits else (host.sizes[1], host.epochs[1])
+    default = getattr(collapsed, f"Collapsed{name}").collapse_weight
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        folder = stack.enter_context(_textures())
+        data = _data(part, seed, host.batch_size, mvtec)
+        pl.seed_everything(seed, verbose=False)
+        model = _model(name, side, strength * default, weights if host.pretrained else None, folder)
+        trainer = quiet_trainer(epochs)
+        start = time.perf_counter()
+        trainer.fit(model, datamodule=data)
+        seconds = time.perf_counter() - start
+        data.setup("test")
+        factor = default * model.collapse_score_factor()
+        without, labels = _scores(model, data, 0.0)
+        unit, _ = _scores(model, data, factor)
+    norms = (unit - without) / factor
+    return {
+        "host": name,
+        "data": part,
+        "seed": seed,
+        "strength": strength,
+        "auroc": float(roc_auc_score(labels, without)),
+        # Of the bare host too, so that what the score alone brings is known.
+        "auroc_with_term": float(roc_auc_score(labels, without + max(strength, 1.0) * factor * norms)),
+        "norm_normal": float(norms[labels == 0].mean()),
+        "norm_anomalous": float(norms[labels == 1].mean()),
+        "fit_seconds": seconds,
+    }
+
+
+@contextlib.contextmanager
+def _textures() -> Any:
+    """A folder of random textures, where DRAEM's own, 640 MB, would have to be downloaded."""
+    from tempfile import TemporaryDirectory
+
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    with TemporaryDirectory() as folder:
+        for i in range(8):
+            noise = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC).save(Path(folder) / f"{i}.png")
+        yield folder

@@ -1,0 +1,275 @@
+"""Targeted collapse for anomalib's other models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+from anomalib.data import Batch, InferenceBatch
+from anomalib.models.components import MemoryBankMixin
+from anomalib.models.image import Cflow, Csflow, Dsr, Fastflow, Patchflow, Uflow
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from toll_plugin.anomalib.lightning_model import Toll
+from toll_plugin.core.penalty import LayerPass, Pool, TargetedCollapse, only_pass, watch_layer
+
+__all__ = ["TargetedCollapseMixin"]
+
+_FLOWS = (Cflow, Csflow, Fastflow, Patchflow, Uflow)
+
+
+class TargetedCollapseMixin:
+    r"""Adds :math:`w\|z_i\|` to the loss and the score of an anomalib model.
+
+    Name it first among the bases and say where the latent is::
+
+        class CollapsedFastRecon(TargetedCollapseMixin, FastRecon):
+            collapse_layer = "model.encoder"
+            collapse_weight = 0.01
+
+    The term's mean over the normal images of a batch is added to what ``training_step`` returns and
+    logged as ``train_collapse``; per image it is added to ``pred_score`` before the post-processor
+    sees it, in every verb and every export. Images that are labelled anomalous are left out of the
+    loss. The anomaly map is the host's. With weight 0 the host is untouched, to the last bit.
+
+    Args:
+        collapse_weight: ``w`` in the loss, in units of the host's loss per unit of the latent, at
+            least 0. Default: the class attribute of the same name.
+        collapse_score_weight: ``w`` in the score, in units of the host's score. Default: the
+            class attribute, and where that is ``None`` the weight of the loss, times
+            :meth:`collapse_score_factor`.
+        collapse_layer: Dotted path, from the Lightning model, of the module whose output is the
+            latent. Default: the class attribute.
+        collapse_pool: ``"flatten"``, ``"mean"`` or ``"max"``: how a map becomes one norm, see
+            :func:`toll_plugin.core.latent_norm`. Default: the class attribute, ``"mean"``.
+        **kwargs: Arguments of the host.
+
+    Attributes:
+        collapse_backward: For hosts that optimise manually: which ``manual_backward`` of a step,
+            counted from 0, gets the loss the term belongs to. ``None`` refuses such hosts.
+        collapse_synthetic: Dotted path of the module that puts synthetic anomalies into training
+            images, see :meth:`collapse_normal`. Empty where there is none.
+
+    Raises:
+        TypeError: If the host trains nothing (memory banks, zero-shot models), is a normalising
+            flow (its likelihood already pulls z to the centre), is DSR (its codes have fixed
+            norms), has the term already, or optimises manually and the class does not say where
+            its loss is.
+        ValueError: If there is no such layer (the error lists those there are), or a weight or
+            pool is wrong.
+
+    Example:
+        >>> from anomalib.models import Ganomaly
+        >>> class Mine(TargetedCollapseMixin, Ganomaly):
+        ...     collapse_layer, collapse_backward = "model.generator.encoder1", 0
+        >>> Mine(collapse_weight=0.05, n_features=8).collapse
+        TargetedCollapse('model.generator.encoder1', 0.05, score_weight=0.05, pool='mean', exponent=1)
+    """
+
+    collapse_layer: str = ""
+    collapse_weight: float = 0.01
+    collapse_score_weight: float | None = None
+    collapse_pool: Pool = "mean"
+    collapse_backward: ClassVar[int | None] = None
+    collapse_synthetic: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        *,
+        collapse_weight: float | None = None,
+        collapse_score_weight: float | None = None,
+        collapse_layer: str | None = None,
+        collapse_pool: Pool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _refuse(type(self))
+        chosen: dict[str, Any] = {
+            "collapse_weight": collapse_weight,
+            "collapse_score_weight": collapse_score_weight,
+            "collapse_layer": collapse_layer,
+            "collapse_pool": collapse_pool,
+        }
+        for name, value in chosen.items():
+            chosen[name] = getattr(type(self), name) if value is None else value
+        collapse = TargetedCollapse(
+            chosen["collapse_layer"],
+            chosen["collapse_weight"],
+            score_weight=chosen["collapse_score_weight"],
+            pool=chosen["collapse_pool"],
+        )
+        super().__init__(**kwargs)
+        if chosen["collapse_score_weight"] is None:
+            collapse.score_weight *= self.collapse_score_factor()
+        host: Any = self
+        # What the class says today, so that a checkpoint does not change with the class.
+        host.hparams.update(chosen)
+        self.collapse = collapse
+        if not host.automatic_optimization and type(self).collapse_backward is None:
+            msg = (
+                f"{type(self).__name__} optimises manually, so its loss never reaches the mixin: set the class "
+                "attribute collapse_backward to the position, from 0, of the manual_backward that gets it"
+            )
+            raise TypeError(msg)
+        collapse.find(self)
+
+    # --- what a host with a latent of its own kind overrides
+
+    def collapse_latent(self, passes: Sequence[LayerPass], batch_size: int) -> Tensor:
+        """The latent ``(N, ...)`` of a step, from the calls of the layer.
+
+        Args:
+            passes: One per call, in their order.
+            batch_size: N.
+
+        Raises:
+            RuntimeError: Unless the layer was called once. Override this for hosts whose layer is
+                called more often.
+        """
+        del batch_size
+        return only_pass(passes)
+
+    def collapse_score_factor(self) -> float:
+        """What the host's score takes for one unit of its loss; for hosts that average one and sum the other."""
+        return 1.0
+
+    def collapse_normal(self, batch: Batch, synthetic: Sequence[LayerPass]) -> Tensor | None:
+        """Which images of a training batch the term counts, booleans ``(N,)``; ``None`` for all.
+
+        Args:
+            batch: As the host got it. Images labelled anomalous do not count.
+            synthetic: Calls of ``collapse_synthetic``, whose output ends with a mask that is not
+                zero where it put an anomaly. Images that got one do not count.
+        """
+        normal = None if batch.gt_label is None else batch.gt_label == 0
+        for call in synthetic:
+            untouched = ~call.output[-1].flatten(1).ne(0).any(dim=1)
+            normal = untouched if normal is None else normal & untouched
+        return normal
+
+    # --- training
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Any:
+        """The host's step, with the term in its loss."""
+        host: Any = super()
+        if not is_param_in_hook_signature(host.training_step, "batch_idx", min_args=2):
+            args = ()
+        if self.collapse.weight == 0:
+            return host.training_step(batch, *args, **kwargs)
+        with self._term_of(batch) as term:
+            if type(self).collapse_backward is None:
+                return _add(host.training_step(batch, *args, **kwargs), term())
+            with self._in_manual_loss(term):
+                return host.training_step(batch, *args, **kwargs)
+
+    @contextmanager
+    def _term_of(self, batch: Batch) -> Iterator[Callable[[], Tensor]]:
+        host: Any = self
+
+        def term() -> Tensor:
+            value = latent.loss(self.collapse_normal(batch, synthetic))
+            host.log("train_collapse", value.detach(), on_epoch=True, prog_bar=True, logger=True)
+            return value
+
+        with ExitStack() as stack:
+            watching = self.collapse.watch(self, lambda passes: self.collapse_latent(passes, len(batch.image)))
+            latent = stack.enter_context(watching)
+            anomalies = type(self).collapse_synthetic
+            synthetic = stack.enter_context(watch_layer(self, anomalies)) if anomalies else []
+            yield term
+
+    @contextmanager
+    def _in_manual_loss(self, term: Callable[[], Tensor]) -> Iterator[None]:
+        host: Any = self
+        backward, calls = host.manual_backward, 0
+
+        def with_term(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            nonlocal calls
+            if calls == type(self).collapse_backward:
+                loss = loss + term()
+            calls += 1
+            backward(loss, *args, **kwargs)
+
+        # Hidden by an attribute of the instance for one step: precision plugins still scale the sum.
+        host.manual_backward = with_term
+        try:
+            yield
+        finally:
+            del host.manual_backward
+
+    # --- scores
+
+    @contextmanager
+    def _in_scores(self) -> Iterator[None]:
+        """Within the block the model's predictions have the term."""
+        host: Any = self
+        if self.collapse.score_weight == 0 or host.training:
+            yield
+            return
+        with watch_layer(self, self.collapse.layer) as passes:
+
+            def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+                if not isinstance(output, InferenceBatch):
+                    return output
+                scores: Any = output.pred_score
+                if scores is None:  # as the post-processor would make them
+                    scores = output.anomaly_map.amax(dim=(-2, -1))
+                term = self.collapse.score(self.collapse_latent(passes, scores.shape[0]))
+                passes.clear()
+                return output._replace(pred_score=scores + term.reshape(scores.shape))
+
+            handle = host.model.register_forward_hook(add)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Predictions, as the exports make them."""
+        host: Any = super()
+        with self._in_scores():
+            return host.forward(batch, *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's step, with the term in its scores."""
+        host: Any = super()
+        with self._in_scores():
+            return host.validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's step, with the term in its scores."""
+        host: Any = super()
+        with self._in_scores():
+            return host.test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's step, with the term in its scores."""
+        host: Any = super()
+        with self._in_scores():
+            return host.predict_step(*args, **kwargs)
+
+
+def _add(result: Any, term: Tensor) -> Any:
+    if isinstance(result, Tensor):
+        return result + term
+    return {**result, "loss": result["loss"] + term}
+
+
+def _refuse(kind: type) -> None:
+    host_step = getattr(super(TargetedCollapseMixin, kind), "training_step", None)
+    if issubclass(kind, Toll):
+        reason = "Toll has the term already, see its beta"
+    elif issubclass(kind, MemoryBankMixin):
+        reason = "it remembers features of a frozen network, so there is no latent to train"
+    elif issubclass(kind, _FLOWS):
+        reason = "a flow's likelihood already pulls its latent to the centre"
+    elif issubclass(kind, Dsr):
+        reason = "its bottleneck is instance-normalised and its codes come from a fixed codebook, so no norm can shrink"
+    elif host_step in (None, LightningModule.training_step):
+        reason = "it is not trained"
+    else:
+        return
+    msg = f"{kind.__name__} cannot take targeted collapse: {reason}"
+    raise TypeError(msg)

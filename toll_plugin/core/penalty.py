@@ -1,0 +1,338 @@
+"""Targeted collapse for networks that are not ours: the latent is watched, its norm weighted.
+
+The same norm as in :func:`toll_plugin.core.toll_terms` is added to somebody else's loss, as a
+mean, and to their score, per sample.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from toll_plugin.core.checks import check_finite_float, check_option
+from toll_plugin.core.objective import norm_per_sample
+
+__all__ = [
+    "LayerPass",
+    "Pool",
+    "TargetedCollapse",
+    "WatchedLatent",
+    "find_layer",
+    "latent_norm",
+    "only_pass",
+    "watch_layer",
+]
+
+Pool = Literal["flatten", "mean", "max"]
+
+
+class LayerPass(NamedTuple):
+    """One call of the watched layer.
+
+    Attributes:
+        layer: The module that was called.
+        inputs: Its positional arguments.
+        output: What it returned.
+    """
+
+    layer: nn.Module
+    inputs: tuple[Any, ...]
+    output: Any
+
+
+def find_layer(owner: object, path: str) -> nn.Module:
+    """The module at a dotted path below ``owner``, such as ``"model.encoder"`` or ``"encoder.2"``.
+
+    Args:
+        owner: A module, or any object with modules as attributes.
+        path: Names of attributes, and positions in containers, joined by dots.
+
+    Raises:
+        ValueError: If there is no module at the path; names the ones that are there.
+
+    Example:
+        >>> from torch import nn
+        >>> find_layer(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "1")
+        ReLU()
+    """
+    layer: Any = owner
+    walked: list[str] = []
+    for name in path.split("."):
+        below = getattr(layer, name, None)
+        if isinstance(below, nn.Module):
+            layer = below
+            walked.append(name)
+            continue
+        place, there = ".".join(walked) or type(owner).__name__, ", ".join(_modules_below(layer)) or "no modules"
+        msg = f"there is no module {path!r}: {place} has no {name!r}, it has {there}"
+        raise ValueError(msg)
+    is_list = isinstance(layer, nn.ModuleList | nn.ModuleDict)
+    if is_list:
+        members = ", ".join(f"{path}.{name}" for name in _modules_below(layer))
+        msg = f"{path!r} is a {type(layer).__name__}, which is never called itself; name one of its members: {members}"
+        raise ValueError(msg)
+    found: nn.Module = layer
+    return found
+
+
+@contextmanager
+def watch_layer(owner: object, path: str) -> Iterator[list[LayerPass]]:
+    """The calls of the layer at ``path`` below ``owner``, until the block ends.
+
+    Raises:
+        ValueError: If there is no such layer, see :func:`find_layer`.
+    """
+    passes: list[LayerPass] = []
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        passes.append(LayerPass(layer, inputs, output))
+
+    handle = find_layer(owner, path).register_forward_hook(note)
+    try:
+        with _eager():
+            yield passes
+    finally:
+        handle.remove()
+
+
+def _eager() -> AbstractContextManager[Any]:
+    # Compiled code never calls a hook that came after it was compiled. Without dynamo there is none.
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+def _modules_below(owner: object) -> list[str]:
+    if isinstance(owner, nn.Module):
+        return [name for name, _ in owner.named_children()]
+    return [name for name, value in vars(owner).items() if isinstance(value, nn.Module)]
+
+
+def only_pass(passes: Sequence[LayerPass]) -> Tensor:
+    """The output of the one call there was: which of several is the latent is not ours to guess.
+
+    Raises:
+        RuntimeError: If the layer was not called, or more than once.
+        TypeError: If it did not return a tensor of one row per sample.
+    """
+    if len(passes) != 1:
+        msg = (
+            f"the latent's layer was called {len(passes)} times in one step, and must be called once: "
+            "give the path of another layer, or a function that makes one latent of the passes"
+        )
+        raise RuntimeError(msg)
+    latent = passes[0].output
+    if not isinstance(latent, Tensor) or latent.ndim < 2 or not latent.is_floating_point():
+        what = f"a tensor of shape {tuple(latent.shape)}" if isinstance(latent, Tensor) else type(latent).__name__
+        layer = type(passes[0].layer).__name__
+        msg = f"the latent must be a floating point tensor of shape (N, ...), {layer} gave {what}"
+        raise TypeError(msg)
+    return latent
+
+
+def latent_norm(latent: Tensor, *, pool: Pool = "flatten", exponent: int = 1) -> Tensor:
+    r"""Norm of each sample's latent, :math:`\|z_i\|^p`, for vectors, maps and tokens.
+
+    Args:
+        latent: Vectors ``(N, C)``, maps ``(N, C, H, W)`` (any number of spatial axes but one), or
+            tokens ``(N, L, C)``.
+        pool: ``"flatten"`` (default) takes the norm over everything, as the paper does for
+            vectors; ``"mean"`` and ``"max"`` take it over the channels of each position and
+            reduce the positions, which does not grow with the size of the image.
+        exponent: ``p``, 1 or 2.
+
+    Returns:
+        Shape ``(N,)``, at least in single precision.
+
+    Raises:
+        ValueError: If ``pool`` is unknown, ``exponent`` neither 1 nor 2, or ``latent`` has no
+            second axis.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([[[[3.0, 0.0]], [[4.0, 0.0]]]])  # one map, two channels, two positions
+        >>> latent_norm(z), latent_norm(z, pool="mean"), latent_norm(z, pool="max")
+        (tensor([5.]), tensor([2.5000]), tensor([5.]))
+    """
+    check_option("pool", pool, get_args(Pool))
+    check_option("exponent", exponent, (1, 2))
+    if latent.ndim < 2:
+        msg = f"latent must have shape (N, ...), got {tuple(latent.shape)}"
+        raise ValueError(msg)
+    norms: Tensor
+    if pool == "flatten" or latent.ndim == 2:
+        norms = norm_per_sample(latent, exponent)
+        return norms
+    positions = latent if latent.ndim == 3 else latent.movedim(1, -1)
+    norms = norm_per_sample(positions.flatten(0, -2), exponent).reshape(latent.shape[0], -1)
+    return norms.mean(dim=1) if pool == "mean" else norms.amax(dim=1)
+
+
+class WatchedLatent:
+    """What a network's layer gave while it was watched; see :meth:`TargetedCollapse.watch`."""
+
+    def __init__(
+        self,
+        collapse: TargetedCollapse,
+        passes: list[LayerPass],
+        latent_of: Callable[[Sequence[LayerPass]], Tensor],
+    ) -> None:
+        self.passes = passes
+        self._collapse = collapse
+        self._latent_of = latent_of
+
+    @property
+    def latent(self) -> Tensor:
+        """The latent of the step, ``(N, ...)``."""
+        return self._latent_of(self.passes)
+
+    def loss(self, normal: Tensor | None = None) -> Tensor:
+        """Weighted mean norm of the normal samples; see :meth:`TargetedCollapse.loss`.
+
+        Raises:
+            RuntimeError: If nothing that is trained makes the latent, so that the term pulls nothing.
+        """
+        latent = self.latent
+        if torch.is_grad_enabled() and not latent.requires_grad:
+            msg = f"nothing that is trained makes the latent, the output of layer {self._collapse.layer!r}"
+            raise RuntimeError(msg)
+        return self._collapse.loss(latent, normal)
+
+    def score(self) -> Tensor:
+        """Weighted norm per sample; see :meth:`TargetedCollapse.score`."""
+        return self._collapse.score(self.latent)
+
+
+class TargetedCollapse:
+    r"""Targeted collapse for a network of yours: :math:`w\|z_i\|^p`, of a latent named by its layer.
+
+    Adding the mean to the loss and the norm to the score of a plain autoencoder gives Toll.
+
+    Args:
+        layer: Dotted path of the submodule whose output is the latent.
+        weight: ``w`` in the loss, in units of the loss per unit of the latent, at least 0. At 0
+            nothing is watched.
+        score_weight: ``w`` in the score, where losses and scores have different units. Default:
+            ``weight``.
+        pool: How a map becomes one norm, see :func:`latent_norm`. Default ``"flatten"``.
+        exponent: ``p``, 1 (default, the authors' code) or 2.
+
+    Raises:
+        TypeError: If a weight is no number or ``layer`` no string.
+        ValueError: If a weight is negative or not finite, or an option is unknown.
+
+    Source:
+        The latent term of arXiv 2306.12627, section 3.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> network = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 4))
+        >>> collapse = TargetedCollapse("0", weight=0.1)
+        >>> x = torch.ones(8, 4)
+        >>> with collapse.watch(network) as latent:
+        ...     loss = (network(x) - x).square().mean()
+        >>> (loss + latent.loss()).backward()
+        >>> latent.score().shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        weight: float = 0.1,
+        *,
+        score_weight: float | None = None,
+        pool: Pool = "flatten",
+        exponent: int = 1,
+    ) -> None:
+        if not isinstance(layer, str):
+            msg = f"layer must be the dotted path of a submodule, got {layer!r}"
+            raise TypeError(msg)
+        check_option("pool", pool, get_args(Pool))
+        check_option("exponent", exponent, (1, 2))
+        self.layer = layer
+        self.weight = check_finite_float("weight", weight, minimum=0)
+        own = weight if score_weight is None else score_weight
+        self.score_weight = check_finite_float("score_weight", own, minimum=0)
+        self.pool = pool
+        self.exponent = int(exponent)
+
+    def __repr__(self) -> str:
+        return (
+            f"TargetedCollapse({self.layer!r}, {self.weight:g}, score_weight={self.score_weight:g}, "
+            f"pool={self.pool!r}, exponent={self.exponent})"
+        )
+
+    def find(self, owner: object) -> nn.Module:
+        """The layer below ``owner``; see :func:`find_layer`."""
+        return find_layer(owner, self.layer)
+
+    def norms(self, latent: Tensor) -> Tensor:
+        """Unweighted norm per sample, see :func:`latent_norm`."""
+        return latent_norm(latent, pool=self.pool, exponent=self.exponent)
+
+    def loss(self, latent: Tensor, normal: Tensor | None = None) -> Tensor:
+        r"""Weighted mean norm, :math:`w \cdot \mathrm{mean}_i \|z_i\|^p`, a scalar to add to a mean loss.
+
+        Args:
+            latent: Shape ``(N, ...)``.
+            normal: Which samples count, booleans ``(N,)``: the method must not pull anomalies,
+                synthetic ones neither, to the centre. Default: all. Where none does, the result
+                is zero.
+
+        Raises:
+            ValueError: If ``normal`` does not have one entry per sample.
+        """
+        norms = self.norms(latent)
+        if normal is None:
+            return self.weight * norms.mean()
+        if normal.shape != norms.shape:
+            msg = f"normal must have shape {tuple(norms.shape)}, one entry per sample, got {tuple(normal.shape)}"
+            raise ValueError(msg)
+        # A product would let an infinite norm of an anomaly through as NaN.
+        kept = torch.where(normal.to(norms.device, torch.bool), norms, 0.0)
+        return self.weight * kept.sum() / normal.sum().clamp(min=1).to(norms.device)
+
+    def score(self, latent: Tensor) -> Tensor:
+        """Weighted norm per sample, ``(N,)``, to add to a score."""
+        return self.score_weight * self.norms(latent)
+
+    def pull(self, latent: Tensor) -> None:
+        """Let the next backward pass through ``latent`` also follow the gradient of :meth:`loss`.
+
+        For training loops that keep their loss to themselves: the weights move as if the term
+        had been added to a loss that reaches ``latent``.
+        """
+        with torch.enable_grad():
+            leaf = latent.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.loss(leaf), leaf)
+        latent.register_hook(lambda gradient: gradient + slope)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def watch(
+        self,
+        owner: object,
+        latent_of: Callable[[Sequence[LayerPass]], Tensor] = only_pass,
+    ) -> Iterator[WatchedLatent]:
+        """Note what the layer returns, until the block ends.
+
+        Args:
+            owner: What ``layer`` is looked up in.
+            latent_of: Makes one latent of the calls of the layer. Default: there must be one
+                call, whose output it is.
+
+        Yields:
+            The latent, with :meth:`WatchedLatent.loss` and :meth:`WatchedLatent.score`.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        with watch_layer(owner, self.layer) as passes:
+            yield WatchedLatent(self, passes, latent_of)

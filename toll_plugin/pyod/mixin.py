@@ -1,0 +1,207 @@
+"""Targeted collapse for PyOD's own deep detectors."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from pyod.models.base_dl import BaseDeepLearningDetector
+from sklearn.exceptions import NotFittedError
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from toll_plugin.core.penalty import Pool, TargetedCollapse, find_layer, only_pass, watch_layer
+
+__all__ = ["TargetedCollapseMixin"]
+
+
+class TargetedCollapseMixin:
+    r"""Adds :math:`w\|z_i\|` to the loss and the score of a PyOD detector with a network.
+
+    Name it first among the bases and say where the latent is. The constructor takes the host's
+    arguments and those below, and ``get_params``, ``clone`` and ``save`` know them all::
+
+        class CollapsedAutoEncoder(TargetedCollapseMixin, AutoEncoder):
+            collapse_layer = "model.encoder"
+
+    Detectors built on PyOD's ``BaseDeepLearningDetector`` get the term in the criterion of each
+    step and in the scores of each batch. Detectors that train inside their own ``fit`` need
+    ``collapse_network``; their weights then move as if the term were in the loss, which they do not
+    report, and by which they do not choose an epoch. With weight 0 the host is untouched, to
+    the last bit.
+
+    Args:
+        *args: Arguments of the host.
+        collapse_weight: ``w`` in the loss, in units of the host's loss per unit of the latent, at
+            least 0. Default: the class attribute of the same name, 0.1.
+        collapse_score_weight: ``w`` in the score, in units of the host's score. Default ``None``,
+            the weight of the loss.
+        collapse_layer: Dotted path, from the detector, of the module whose output is the latent;
+            one call of it per step. Default: the class attribute.
+        collapse_pool: How maps become one norm, see :func:`toll_plugin.core.latent_norm`; vectors
+            need none. Default ``"flatten"``.
+        **kwargs: Arguments of the host.
+
+    Attributes:
+        collapse_network: For hosts with a ``fit`` of their own: the attribute ``fit`` keeps its
+            network in.
+
+    Raises:
+        TypeError: If the host trains inside its own ``fit`` and the class has no
+            ``collapse_network``, or a weight is no number.
+        ValueError: If a weight is negative or not finite, or the pool is unknown; when fitted,
+            if there is no such layer (the error lists those there are).
+
+    Example:
+        >>> from pyod.models.vae import VAE
+        >>> class Mine(TargetedCollapseMixin, VAE):
+        ...     collapse_layer = "model.encoder_mu"
+        >>> detector = Mine(collapse_weight=0.5, latent_dim=3)
+        >>> detector.get_params()["collapse_weight"], detector.get_params()["latent_dim"]
+        (0.5, 3)
+    """
+
+    collapse_layer: str = ""
+    collapse_weight: float = 0.1
+    collapse_score_weight: float | None = None
+    collapse_pool: Pool = "flatten"
+    collapse_network: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the class a constructor whose signature PyOD and scikit-learn can read."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self, BaseDeepLearningDetector) and not type(self).collapse_network:
+            msg = (
+                f"{type(self).__name__} trains inside its own fit, where the loss is out of reach: set the class "
+                "attribute collapse_network to the attribute in which fit keeps its network, if it has a latent"
+            )
+            raise TypeError(msg)
+        chosen = {name: kwargs.pop(name, getattr(type(self), name)) for name in _ARGUMENTS}
+        super().__init__(*args, **kwargs)
+        for name, value in chosen.items():
+            setattr(self, name, value)
+        _ = self.collapse  # checks them
+
+    @property
+    def collapse(self) -> TargetedCollapse:
+        """The term, by today's arguments."""
+        return TargetedCollapse(
+            self.collapse_layer,
+            self.collapse_weight,
+            score_weight=self.collapse_score_weight,
+            pool=self.collapse_pool,
+        )
+
+    # --- hosts built on BaseDeepLearningDetector
+
+    def training_forward(self, batch_data: Any) -> Any:
+        """The host's step, with the term in its criterion."""
+        host: Any = super()
+        collapse = self.collapse
+        if collapse.weight == 0:
+            return host.training_forward(batch_data)
+        criterion: Any = self.__dict__["criterion"]
+        calls = 0
+
+        def with_term(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                msg = f"{type(self).__name__} uses its criterion more than once in a step: which loss takes the term?"
+                raise RuntimeError(msg)
+            return criterion(*args, **kwargs) + latent.loss()
+
+        with collapse.watch(self) as latent:
+            self.criterion = with_term
+            try:
+                return host.training_forward(batch_data)
+            finally:
+                self.criterion = criterion
+
+    def evaluating_forward(self, batch_data: Any) -> Any:
+        """The host's scores of a batch, with the term."""
+        host: Any = super()
+        collapse = self.collapse
+        if collapse.score_weight == 0:
+            return host.evaluating_forward(batch_data)
+        with collapse.watch(self) as latent:
+            scores = host.evaluating_forward(batch_data)
+        return scores + latent.score().cpu().numpy()
+
+    # --- hosts with a fit of their own
+
+    def fit(self, X: Any, y: Any = None) -> Any:  # noqa: N803
+        """The host's ``fit``, with the term."""
+        host: Any = super()
+        if not type(self).collapse_network or self.collapse.weight == 0:
+            return host.fit(X, y)
+        self._puller: _Puller = _Puller(self, self.collapse)
+        try:
+            return host.fit(X, y)
+        finally:
+            self._puller.let_go()
+            del self._puller
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Within the host's fit nothing else happens between building a network and training it.
+        if name == type(self).collapse_network and isinstance(value, nn.Module) and "_puller" in self.__dict__:
+            self._puller.take()
+
+    def decision_function(self, X: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N803
+        """The host's scores, with the term."""
+        host: Any = super()
+        network, collapse = type(self).collapse_network, self.collapse
+        if not network or collapse.score_weight == 0:
+            return host.decision_function(X, *args, **kwargs)
+        if getattr(self, network, None) is None:
+            msg = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' before using it"
+            raise NotFittedError(msg)
+        with watch_layer(self, collapse.layer) as passes:
+            scores = host.decision_function(X, *args, **kwargs)
+        terms = torch.cat([collapse.score(only_pass([one])) for one in passes])
+        return scores + terms.reshape(len(scores)).cpu().numpy()
+
+
+class _Puller:
+    """Pulls at the latent of a network while its detector is fitted."""
+
+    def __init__(self, owner: TargetedCollapseMixin, collapse: TargetedCollapse) -> None:
+        self._owner = owner
+        self._collapse = collapse
+        self._handle: RemovableHandle | None = None
+
+    def take(self) -> None:
+        self.let_go()
+        self._handle = find_layer(self._owner, self._collapse.layer).register_forward_hook(self._pull)
+
+    def let_go(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _pull(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        del layer, inputs
+        if torch.is_grad_enabled():
+            self._collapse.pull(output)
+
+
+_ARGUMENTS = ("collapse_weight", "collapse_score_weight", "collapse_layer", "collapse_pool")
+
+
+def _constructor(kind: type[TargetedCollapseMixin]) -> Any:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        super(kind, self).__init__(*args, **kwargs)
+
+    host: Any = super(TargetedCollapseMixin, kind)
+    theirs = inspect.signature(host.__init__)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    ours = [inspect.Parameter(name, keyword, default=getattr(kind, name)) for name in _ARGUMENTS]
+    constructor: Any = __init__
+    constructor.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), *ours])
+    return constructor
