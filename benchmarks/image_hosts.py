@@ -38,24 +38,24 @@ HOSTS = {
     "Ganomaly": ImageHost(
         lambda _: {"n_features": 32, "latent_vec_size": 64, "batch_size": 16}, False, (32, 64), (20, 10)
     ),
-    "ReverseDistillation": ImageHost(lambda _: RESNET, True, (64, 128), (10, 5)),
+    "ReverseDistillation": ImageHost(lambda _: RESNET, True, (64, 128), (10, 3)),
     "Fre": ImageHost(
         lambda side: RESNET | {"layer": "layer3", "latent_dim": 64, "input_dim": 256 * (side // 32) ** 2},
         True,
         (64, 128),
         (30, 10),
     ),
-    "Supersimplenet": ImageHost(lambda _: RESNET | {"layers": ["layer2", "layer3"]}, True, (96, 128), (3, 2)),
+    "Supersimplenet": ImageHost(lambda _: RESNET | {"layers": ["layer2", "layer3"]}, True, (96, 128), (2, 1)),
     "Glass": ImageHost(
         lambda side: (
             RESNET | {"input_shape": (side, side), "pretrain_embed_dim": 384, "target_embed_dim": 384, "step": 3}
         ),
         True,
         (64, 128),
-        (10, 2),
+        (10, 1),
     ),
     # A step of 16 images of 128 pixels takes a minute on one core.
-    "Draem": ImageHost(lambda _: {}, False, (32, 0), (3, 0), 8),
+    "Draem": ImageHost(lambda _: {}, False, (32, 0), (2, 0), 8),
 }
 
 

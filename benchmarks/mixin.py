@@ -127,7 +127,7 @@ def mixin(
     hosts: tuple[str, ...] = (*HOSTS, *DETECTORS),
     strengths: tuple[float, ...] = (1.0, 10.0),
     seeds: int = 3,
-    max_rows: int = 3000,
+    max_rows: int = 2000,
     jobs: int = 2,
     output: Path = RESULTS / "mixin.json",
 ) -> None:

@@ -169,8 +169,8 @@ def latent_norm(latent: Tensor, *, pool: Pool = "flatten", exponent: int = 1) ->
     if pool == "flatten" or latent.ndim == 2:
         norms = norm_per_sample(latent, exponent)
         return norms
-    positions = latent if latent.ndim == 3 else latent.movedim(1, -1)
-    norms = norm_per_sample(positions.flatten(0, -2), exponent).reshape(latent.shape[0], -1)
+    positions = (latent if latent.ndim == 3 else latent.movedim(1, -1)).flatten(1, -2)
+    norms = norm_per_sample(positions.flatten(0, 1), exponent).unflatten(0, positions.shape[:2])
     return norms.mean(dim=1) if pool == "mean" else norms.amax(dim=1)
 
 
@@ -290,15 +290,14 @@ class TargetedCollapse:
         Raises:
             ValueError: If ``normal`` does not have one entry per sample.
         """
-        norms = self.norms(latent)
         if normal is None:
-            return self.weight * norms.mean()
-        if normal.shape != norms.shape:
-            msg = f"normal must have shape {tuple(norms.shape)}, one entry per sample, got {tuple(normal.shape)}"
+            return self.weight * self.norms(latent).mean()
+        if normal.shape != latent.shape[:1]:
+            msg = f"normal must have shape {tuple(latent.shape[:1])}, one entry per sample, got {tuple(normal.shape)}"
             raise ValueError(msg)
-        # A product would let an infinite norm of an anomaly through as NaN.
-        kept = torch.where(normal.to(norms.device, torch.bool), norms, 0.0)
-        return self.weight * kept.sum() / normal.sum().clamp(min=1).to(norms.device)
+        # Chosen before the norm, so that an anomaly that overflows spoils no gradient either.
+        norms = self.norms(latent[normal.to(latent.device, torch.bool)])
+        return self.weight * norms.sum() / max(len(norms), 1)
 
     def score(self, latent: Tensor) -> Tensor:
         """Weighted norm per sample, ``(N,)``, to add to a score."""

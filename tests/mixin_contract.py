@@ -1,0 +1,231 @@
+"""What targeted collapse keeps in every host it is added to, written once."""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from anomalib import models as anomalib_models
+from anomalib.data import ImageBatch, MVTecAD
+from anomalib.models import AnomalibModule
+from lightning.pytorch import Trainer
+from torch import nn
+
+WEIGHT = 0.5
+
+
+class Host(NamedTuple):
+    """A model that the mixin is added to.
+
+    Attributes:
+        name: Of anomalib's class; the package has ``Collapsed`` before it.
+        arguments: Plain constructor arguments that make it small.
+        size: Of the images.
+        latent: The latent ``(N, ...)`` from the output of the layer in evaluation; the output itself.
+        copies: Whether anomalib's own class survives ``deepcopy``.
+        batch_size: Of training.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    size: int
+    latent: Callable[[Any, int], torch.Tensor] = lambda output, _: output
+    copies: bool = True
+    batch_size: int = 4
+
+
+def seed() -> None:
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002  the hosts draw from the global generators
+    torch.manual_seed(1)
+
+
+def norms_by_loops(latent: torch.Tensor) -> list[float]:
+    """Mean over positions of the norm over channels, the mixin's default, one number at a time."""
+    found = []
+    for sample in latent.detach().double().numpy():
+        positions = [sample] if sample.ndim == 1 else sample if sample.ndim == 2 else sample.reshape(len(sample), -1).T
+        found.append(float(np.mean([np.sqrt(np.sum(position**2)) for position in positions])))
+    return found
+
+
+def hooks_of(network: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in network.modules())
+
+
+class MixinContract:
+    """Subclasses give ``host`` as a class-scoped fixture."""
+
+    @pytest.fixture(scope="class")
+    def arguments(self, host, mvtec_root) -> dict[str, Any]:
+        """Constructor arguments, with a folder of images where the host wants one."""
+        images = mvtec_root / "part/train"
+        return {name: images if value == "IMAGES" else value for name, value in host.arguments.items()}
+
+    @pytest.fixture(scope="class")
+    def build(self, host, arguments):
+        def build(bare: bool = False, **changes: Any) -> AnomalibModule:
+            kind = getattr(anomalib_models, host.name if bare else f"Collapsed{host.name}")
+            crops = {"crop_size": host.size} if host.name in {"Dinomaly", "InpFormer"} else {}
+            seed()
+            return kind(
+                pre_processor=kind.configure_pre_processor((host.size, host.size), **crops),
+                visualizer=False,
+                evaluator=False,
+                **(arguments | changes),
+            )
+
+        return build
+
+    @pytest.fixture(scope="class")
+    def data(self, host, mvtec_root):
+        def data() -> MVTecAD:
+            return MVTecAD(
+                root=mvtec_root,
+                category="part",
+                train_batch_size=host.batch_size,
+                eval_batch_size=4,
+                num_workers=0,
+                seed=0,
+            )
+
+        return data
+
+    @pytest.fixture(scope="class")
+    def images(self, data) -> torch.Tensor:
+        module = data()
+        module.setup()
+        return torch.stack([module.test_data[i].image for i in (0, 1, 6, 7)]).as_subclass(torch.Tensor)
+
+    @pytest.fixture(scope="class")
+    def fit(self, build, data):
+        def fit(**changes: Any) -> tuple[AnomalibModule, Trainer]:
+            model = build(**changes)
+            seed()
+            trainer = Trainer(
+                max_epochs=1,
+                limit_train_batches=2,
+                limit_val_batches=1,
+                num_sanity_val_steps=0,
+                accelerator="cpu",
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+                logger=False,
+            )
+            trainer.fit(model, datamodule=data())
+            return model.eval(), trainer
+
+        return fit
+
+    @pytest.fixture(scope="class")
+    def trained(self, fit):
+        return fit(collapse_weight=WEIGHT)
+
+    @pytest.fixture(scope="class")
+    def without(self, fit):
+        """The class of the mixin, with weight 0."""
+        return fit(collapse_weight=0.0)
+
+    @staticmethod
+    def scores(model: AnomalibModule, images: torch.Tensor) -> torch.Tensor:
+        """Raw, before the post-processor."""
+        with torch.no_grad():
+            batch = ImageBatch(image=model.pre_processor(images))
+            return model.predict_step(batch, 0).pred_score.reshape(-1)
+
+    # --- training
+
+    def test_weight_0_is_the_bare_host_bit_for_bit(self, fit, without, images):
+        (bare, _), (none, trainer) = fit(bare=True), without
+        for name, value in bare.state_dict().items():
+            torch.testing.assert_close(none.state_dict()[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+        with torch.no_grad():
+            theirs, ours = bare(images), none(images)
+        assert torch.equal(ours.pred_score, theirs.pred_score)
+        assert torch.equal(self.scores(none, images), self.scores(bare, images))
+        assert "train_collapse" not in trainer.callback_metrics
+
+    def test_the_term_is_logged_and_moves_the_weights_of_the_layer_and_before(self, trained, without):
+        model, trainer = trained
+        assert 0 < float(trainer.callback_metrics["train_collapse"]) < float("inf")
+        layer, twin = model.collapse.find(model), without[0].collapse.find(without[0])
+        assert any(not p.equal(q) for p, q in zip(layer.parameters(), twin.parameters(), strict=True))
+
+    def test_no_hook_stays_and_nothing_of_the_instance_is_replaced(self, trained, images):
+        model, _ = trained
+        before = hooks_of(model)
+        self.scores(model, images)
+        with torch.no_grad():
+            model(images)
+        assert hooks_of(model) == before
+        assert "manual_backward" not in vars(model)
+        layer = model.collapse.find(model)
+        layer.forward = _fails
+        try:
+            with pytest.raises(ZeroDivisionError):
+                model(images)
+            with pytest.raises(ZeroDivisionError):
+                model.train().training_step(ImageBatch(image=model.pre_processor(images)), 0)
+        finally:
+            del layer.forward
+            model.eval()
+        assert hooks_of(model) == before
+        assert "manual_backward" not in vars(model)
+
+    # --- scores
+
+    def test_the_score_is_the_hosts_plus_the_weighted_norm(self, host, trained, images):
+        model, _ = trained
+        layer = model.collapse.find(model)
+        outputs = []
+        handle = layer.register_forward_hook(lambda *call: outputs.append(call))
+        with torch.no_grad():
+            theirs = model.model(model.pre_processor(images)).pred_score.reshape(-1)
+        handle.remove()
+        latent = host.latent(outputs[-1], len(images))
+        expected = model.collapse.score_weight * torch.tensor(norms_by_loops(latent))
+        torch.testing.assert_close(self.scores(model, images) - theirs, expected.float(), rtol=1e-3, atol=1e-5)
+        assert expected.min() > 0
+
+    def test_the_weight_of_the_score_is_its_own(self, build, images):
+        model = build(collapse_weight=WEIGHT, collapse_score_weight=0.0)
+        with torch.no_grad():
+            plain = model.eval().model(model.pre_processor(images)).pred_score.reshape(-1)
+        assert torch.equal(self.scores(model, images), plain)
+
+    # --- what users do with models
+
+    def test_copies_score_the_same(self, host, trained, images):
+        model, _ = trained
+        written = io.BytesIO()
+        torch.save({"model": model}, written)  # as anomalib's torch export does
+        written.seek(0)
+        others = [torch.load(written, weights_only=False)["model"]]
+        if host.copies:
+            others.append(copy.deepcopy(model))
+        with torch.no_grad():
+            expected = model(images).pred_score
+            for other in others:
+                assert torch.equal(other(images).pred_score, expected)
+
+    def test_a_checkpoint_brings_the_term_back(self, host, trained, images, tmp_path: Path):
+        model, trainer = trained
+        path = tmp_path / "model.ckpt"
+        trainer.save_checkpoint(path, weights_only=True)
+        crops = {"crop_size": host.size} if host.name in {"Dinomaly", "InpFormer"} else {}
+        pre_processor = type(model).configure_pre_processor((host.size, host.size), **crops)
+        again = type(model).load_from_checkpoint(path, pre_processor=pre_processor).eval()
+        assert repr(again.collapse) == repr(model.collapse)
+        assert torch.equal(self.scores(again, images), self.scores(model, images))
+
+
+def _fails(*_: Any, **__: Any) -> None:
+    raise ZeroDivisionError

@@ -1,0 +1,440 @@
+"""Targeted collapse in anomalib's models: the contract over every host, then what is particular."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import pytest
+import timm
+import torch
+import torchvision
+import yaml
+from anomalib import LearningType
+from anomalib import models as anomalib_models
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.models import AnomalibModule, get_model
+from torch import nn
+
+from tests.contracts import run_cli
+from tests.mixin_contract import Host, MixinContract, hooks_of, norms_by_loops, seed
+from toll_plugin.anomalib import (
+    CollapsedDraem,
+    CollapsedFre,
+    CollapsedGanomaly,
+    CollapsedReverseDistillation,
+    CollapsedSupersimplenet,
+    TargetedCollapseMixin,
+    Toll,
+    collapsed,
+)
+from toll_plugin.core import ConvAutoencoder
+
+RESNET = {"backbone": "resnet18"}
+FRE = RESNET | {"layer": "layer2", "pre_trained": False, "input_dim": 128 * 4, "latent_dim": 16}
+GANOMALY = {"n_features": 8, "latent_vec_size": 10, "batch_size": 4}
+
+
+def _code(call: Any, _: int) -> torch.Tensor:
+    autoencoder, (features,), _ = call
+    return features @ autoencoder.weight.T + autoencoder.encoder_bias
+
+
+HOSTS = [
+    Host("Ganomaly", GANOMALY, 32, latent=lambda call, _: call[-1]),
+    Host("ReverseDistillation", RESNET | {"pre_trained": False}, 64, latent=lambda call, _: call[-1]),
+    Host("Fre", FRE, 32, latent=_code),
+    Host("Supersimplenet", RESNET | {"layers": ["layer2", "layer3"]}, 96, latent=lambda call, _: call[-1]),
+    Host(
+        "EfficientAd",
+        {"imagenet_dir": "IMAGES", "teacher_out_channels": 8},
+        256,
+        latent=lambda call, _: call[-1],
+        batch_size=1,
+    ),
+    Host("Draem", {"dtd_dir": "IMAGES"}, 32, latent=lambda call, _: call[-1]),
+    Host(
+        "Glass",
+        RESNET | {"input_shape": (32, 32), "pretrain_embed_dim": 64, "target_embed_dim": 64, "step": 2},
+        32,
+        latent=lambda call, n: call[-1].reshape(n, -1, 64),
+    ),
+    # Both teachers' maps of an image, which the host has one after the other in the batch.
+    Host("UniNet", {}, 32, latent=lambda call, n: torch.cat([call[-1][:n], call[-1][n:]], dim=1), copies=False),
+    Host("Dinomaly", {"encoder_name": "vit_small_patch14_reg4_dinov2"}, 28, latent=lambda call, _: call[-1]),
+    Host(
+        "InpFormer",
+        {"encoder_name": "vit_small_patch14_reg4_dinov2"},
+        28,
+        latent=lambda call, _: call[-1],
+        copies=False,
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_downloaded():
+    """Random weights where the hosts would download: no test here is about how well they detect."""
+    with pytest.MonkeyPatch.context() as patch:
+        create = timm.create_model
+        patch.setattr(timm, "create_model", lambda *a, **k: create(*a, **(k | {"pretrained": False})))
+        patch.setattr(torchvision.models, "get_model_weights", lambda _: SimpleNamespace(DEFAULT=None))
+        patch.setattr(anomalib_models.EfficientAd, "prepare_pretrained_model", lambda _: None)
+        yield
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestEveryHost(MixinContract):
+    @pytest.fixture(scope="class", params=HOSTS, ids=lambda host: host.name)
+    def host(self, request) -> Host:
+        return request.param
+
+
+def test_every_ready_class_is_in_the_contract():
+    assert sorted(collapsed.__all__) == sorted(f"Collapsed{host.name}" for host in HOSTS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Ganomaly", "ReverseDistillation", "Fre"])
+def test_onnx_exports_have_the_term(name, tmp_path):
+    host = next(host for host in HOSTS if host.name == name)
+    kind = getattr(anomalib_models, f"Collapsed{name}")
+    model = kind(
+        pre_processor=kind.configure_pre_processor((host.size, host.size)),
+        visualizer=False,
+        collapse_weight=3.0,
+        **host.arguments,
+    ).eval()
+    images = torch.rand(3, 3, host.size, host.size)
+    with torch.no_grad():
+        expected, bare = model(images).pred_score.reshape(-1), model.model(model.pre_processor(images))
+    path = model.to_onnx(tmp_path, input_size=(host.size, host.size))
+    session = onnxruntime.InferenceSession(str(path))
+    (scores,) = session.run(["pred_score"], {"input": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores).reshape(-1), expected, rtol=1e-3, atol=1e-4)
+    assert (expected - bare.pred_score.reshape(-1)).min() > 1e-3
+
+
+# --- names
+
+
+def test_the_classes_are_known_by_name():
+    model = get_model({"class_path": "CollapsedGanomaly", "init_args": GANOMALY | {"collapse_weight": 0.25}})
+    assert type(model) is CollapsedGanomaly
+    assert model.collapse.weight == 0.25
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_line(mvtec_root, tmp_path):
+    path = tmp_path / "config.yaml"
+    content = {
+        "model": {
+            "class_path": "CollapsedReverseDistillation",
+            "init_args": RESNET | {"pre_trained": False, "collapse_weight": 0.02, "visualizer": False},
+        },
+        "data": {
+            "class_path": "MVTecAD",
+            "init_args": {"root": str(mvtec_root), "category": "part", "num_workers": 0},
+        },
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
+    }
+    path.write_text(yaml.safe_dump(content))
+    name = ["--model", "CollapsedReverseDistillation", "--config", str(path)]
+    run_cli("train", *name, "--model.collapse_score_weight", "0.5")
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    cli = run_cli("train", *name, "--model.collapse_pool", "max", "--model.backbone", "resnet34", run=False)
+    assert (cli.model.collapse.weight, cli.model.collapse.pool, cli.model.backbone) == (0.02, "max", "resnet34")
+    run_cli("test", *name, "--ckpt_path", str(checkpoint))
+    loaded = CollapsedReverseDistillation.load_from_checkpoint(checkpoint)
+    assert loaded.collapse.score_weight == 0.5
+
+
+def test_the_command_line_names_an_unknown_key(capsys):
+    with pytest.raises(SystemExit):
+        run_cli("train", "--model", "CollapsedFre", "--data", "MVTecAD", "--model.collapse_wait", "1", run=False)
+    assert "collapse_wait" in capsys.readouterr().err
+
+
+# --- a plain autoencoder with the mixin is Toll
+
+
+class PlainAutoencoder(AnomalibModule):
+    """Somebody's model: the loss is the mean residual norm, and so is the score."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model = PlainModel()
+
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        del args, kwargs
+        return self.model(batch.image).mean()
+
+    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.model.parameters(), lr=1e-3)
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def learning_type(self) -> LearningType:
+        return LearningType.ONE_CLASS
+
+
+class PlainModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = ConvAutoencoder((16, 16), in_channels=3, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images: torch.Tensor) -> Any:
+        images = images / 1.0
+        z = self.network.encoder(images)
+        error = torch.linalg.vector_norm((self.network.decoder(z) - images).flatten(1), dim=1)
+        return error if self.training else InferenceBatch(pred_score=error)
+
+
+class CollapsedPlain(TargetedCollapseMixin, PlainAutoencoder):
+    collapse_layer = "model.network.encoder"
+    collapse_weight = 0.1
+
+
+def test_a_plain_autoencoder_with_the_mixin_is_toll():
+    images = torch.rand(24, 3, 16, 16)
+    theirs = CollapsedPlain(collapse_pool="flatten", pre_processor=False, evaluator=False, visualizer=False)
+    ours = Toll(image_size=16, beta=0.1, pre_processor=False, evaluator=False, visualizer=False)
+    for name, value in theirs.model.network.state_dict().items():
+        ours.model.network.state_dict()[name].copy_(value)
+    optimizers = theirs.configure_optimizers(), ours.configure_optimizers()
+    for start in range(0, 48, 8):
+        batch = ImageBatch(image=images[start % 24 :][:8])
+        for model, optimizer in zip((theirs, ours), optimizers, strict=True):
+            optimizer.zero_grad()
+            model.log = lambda *_, **__: None
+            model.train().training_step(batch, 0).backward()
+            optimizer.step()
+    for name, value in ours.model.network.state_dict().items():
+        torch.testing.assert_close(theirs.model.network.state_dict()[name], value, msg=name)
+    batch = ImageBatch(image=images)
+    with torch.no_grad():
+        expected = ours.eval().test_step(ImageBatch(image=images)).pred_score
+        torch.testing.assert_close(theirs.eval().test_step(batch, 0).pred_score, expected)
+        torch.testing.assert_close(theirs.validation_step(ImageBatch(image=images), 0).pred_score, expected)
+
+
+# --- which images the term counts
+
+
+def plain(**changes: Any) -> CollapsedPlain:
+    model = CollapsedPlain(pre_processor=False, evaluator=False, visualizer=False, **changes)
+    model.log = lambda *_, **__: None
+    return model
+
+
+def term(model: Any, batch: ImageBatch) -> torch.Tensor:
+    """What the mixin adds to the loss of a step."""
+    seed()
+    model.train()
+    with_term = model.training_step(batch, 0)
+    seed()
+    without = super(TargetedCollapseMixin, model).training_step(batch, 0)
+    losses = [loss["loss"] if isinstance(loss, dict) else loss for loss in (with_term, without)]
+    return losses[0] - losses[1]
+
+
+def test_the_term_is_the_weighted_mean_over_the_normal_images():
+    model, images = plain(collapse_weight=0.7, collapse_pool="mean"), torch.rand(4, 3, 16, 16)
+    for labels, normal in ((None, [0, 1, 2, 3]), (torch.tensor([0, 1, 0, 1]), [0, 2])):
+        got = term(model, ImageBatch(image=images, gt_label=labels))
+        latent = model.model.network.encoder(images)[torch.tensor(normal)]  # BatchNorm sees the whole batch
+        expected = 0.7 * sum(norms_by_loops(latent)) / len(normal)
+        assert got.item() == pytest.approx(expected, rel=1e-3)
+    assert term(model, ImageBatch(image=images, gt_label=torch.ones(4))).item() == 0
+
+
+def test_draem_counts_the_images_without_a_synthetic_anomaly(mvtec_root):
+    model = CollapsedDraem(
+        dtd_dir=mvtec_root / "part/train",
+        pre_processor=False,
+        visualizer=False,
+        evaluator=False,
+        collapse_weight=2.0,
+    )
+    model.log = lambda *_, **__: None
+    masks, codes = [], []
+    model.augmenter.register_forward_hook(lambda *call: masks.append(call[-1][1]))
+    layer = model.model.reconstructive_subnetwork.encoder
+    layer.register_forward_hook(lambda *call: codes.append(call[-1].detach()))
+    got = term(model, ImageBatch(image=torch.rand(6, 3, 32, 32), gt_label=torch.zeros(6)))
+    normal = [not mask.any() for mask in masks[0]]
+    assert 0 < sum(normal) < 6
+    norms = norms_by_loops(codes[0])
+    expected = 2 * sum(norm for norm, counts in zip(norms, normal, strict=True) if counts) / sum(normal)
+    assert got.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_supersimplenet_counts_features_before_their_noise():
+    model = CollapsedSupersimplenet(
+        **RESNET,
+        layers=["layer2", "layer3"],
+        pre_processor=False,
+        visualizer=False,
+        evaluator=False,
+        collapse_weight=2.0,
+    )
+    model.log = lambda *_, **__: None
+    images = torch.rand(2, 3, 96, 96)
+    batch = ImageBatch(image=images, gt_label=torch.zeros(2), gt_mask=torch.zeros(2, 96, 96))
+    got = term(model, batch)
+    clean = model.model.adaptor(model.model.feature_extractor(images))
+    assert got.item() == pytest.approx(2 * sum(norms_by_loops(clean)) / 2, rel=1e-3)
+
+
+# --- manual optimisation
+
+
+def test_the_term_of_ganomaly_reaches_the_generator_and_not_the_discriminator():
+    gradients = {}
+    for weight in (0.0, 0.5):
+        seed()
+        model = CollapsedGanomaly(
+            **GANOMALY,
+            pre_processor=CollapsedGanomaly.configure_pre_processor((32, 32)),
+            visualizer=False,
+            evaluator=False,
+            collapse_weight=weight,
+        )
+        still = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+        model.optimizers = lambda still=still: (still, still)
+        model.manual_backward = lambda loss, **kwargs: loss.backward(**kwargs)
+        model.log = model.log_dict = lambda *_, **__: None
+        seed()
+        images = torch.rand(4, 3, 32, 32)
+        model.train().training_step(ImageBatch(image=images), 0)
+        gradients[weight] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    encoder = "model.generator.encoder1."
+    for name, gradient in gradients[0.0].items():
+        moved = not torch.equal(gradient, gradients[0.5][name])
+        assert moved == name.startswith(encoder), name
+    seed()
+    twin = CollapsedGanomaly(
+        **GANOMALY,
+        pre_processor=CollapsedGanomaly.configure_pre_processor((32, 32)),
+        visualizer=False,
+        evaluator=False,
+    ).train()
+    seed()
+    z = twin.model.generator.encoder1(torch.rand(4, 3, 32, 32))
+    (0.5 * torch.linalg.vector_norm(z.flatten(1), dim=1).mean()).backward()
+    for name, parameter in twin.model.generator.encoder1.named_parameters():
+        difference = gradients[0.5][encoder + name] - gradients[0.0][encoder + name]
+        torch.testing.assert_close(difference, parameter.grad, rtol=1e-2, atol=1e-5)
+
+
+class Manual(PlainAutoencoder):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Padim", "remembers features of a frozen network"),
+        ("Patchcore", "remembers features of a frozen network"),
+        ("Fastflow", "a flow's likelihood already pulls"),
+        ("Cflow", "a flow's likelihood already pulls"),
+        ("Csflow", "a flow's likelihood already pulls"),
+        ("Uflow", "a flow's likelihood already pulls"),
+        ("Patchflow", "a flow's likelihood already pulls"),
+        ("Dsr", "no norm can shrink"),
+        ("WinClip", "it is not trained"),
+        ("Toll", "Toll has the term already, see its beta"),
+    ],
+)
+def test_hosts_that_cannot_take_the_term_are_refused_before_they_are_built(name, reason):
+    kind = type("Mine", (TargetedCollapseMixin, getattr(anomalib_models, name)), {"collapse_layer": "model"})
+    with pytest.raises(TypeError, match=f"Mine cannot take targeted collapse: .*{reason}"):
+        kind()
+
+
+def test_manual_optimisation_is_refused_unless_the_class_says_where_its_loss_is():
+    kind = type("Mine", (TargetedCollapseMixin, Manual), {"collapse_layer": "model.network.encoder"})
+    with pytest.raises(TypeError, match=r"Mine optimises manually.*collapse_backward"):
+        kind()
+    kind.collapse_backward = 0
+    assert kind().collapse.layer == "model.network.encoder"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"collapse_layer": "model.network.coder"}, "model.network has no 'coder', it has encoder, decoder"),
+        ({"collapse_layer": "net"}, r"CollapsedPlain has no 'net', it has .*model"),
+        ({"collapse_weight": -1}, "weight must be finite and >= 0, got -1"),
+        ({"collapse_score_weight": float("nan")}, "score_weight must be finite"),
+        ({"collapse_pool": "sum"}, "pool must be one of"),
+    ],
+)
+def test_arguments_are_checked_at_construction(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plain(**changes)
+
+
+def test_a_layer_that_nobody_trains_is_refused_at_the_first_step():
+    model = plain()
+    model.model.network.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="nothing that is trained makes the latent"):
+        model.train().training_step(ImageBatch(image=torch.rand(2, 3, 16, 16)), 0)
+    assert hooks_of(model) == 0
+
+
+def test_fre_weighs_its_score_in_units_of_its_score():
+    model = CollapsedFre(**FRE, collapse_weight=0.5, visualizer=False)
+    assert model.collapse.score_weight == 0.5 * FRE["input_dim"]
+    model = CollapsedFre(**FRE, collapse_weight=0.5, collapse_score_weight=2.0, visualizer=False)
+    assert model.collapse.score_weight == 2.0
+
+
+def test_images_without_a_score_get_the_one_the_post_processor_would_give():
+    model = plain(collapse_weight=0.5).eval()
+    images = torch.rand(2, 3, 16, 16)
+    maps = torch.rand(2, 1, 16, 16)
+    forward = model.model.forward
+
+    def only_a_map(batch: torch.Tensor) -> InferenceBatch:
+        forward(batch)
+        return InferenceBatch(anomaly_map=maps)
+
+    model.model.forward = only_a_map
+    with torch.no_grad():
+        got = model.predict_step(ImageBatch(image=images), 0).pred_score.reshape(-1)
+        norms = torch.tensor(norms_by_loops(model.model.network.encoder(images))).float()
+    torch.testing.assert_close(got, maps.flatten(1).amax(1) + 0.5 * norms, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compile_what", ["model", "module"])
+def test_a_compiled_model_trains_and_scores_with_the_term(compile_what):
+    images = torch.rand(4, 3, 16, 16)
+    expected = plain(collapse_weight=0.5)
+    compiled = plain(collapse_weight=0.5)
+    if compile_what == "model":
+        compiled.model = torch.compile(compiled.model, backend="eager")
+    run = torch.compile(compiled, backend="eager") if compile_what == "module" else compiled
+    batch = ImageBatch(image=images)
+    for _ in range(2):
+        loss = compiled.train().training_step(batch, 0)
+        torch.testing.assert_close(loss, expected.train().training_step(batch, 0))
+    compiled.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            ours, theirs = run(images), expected.eval()(images)
+            torch.testing.assert_close(ours.pred_score, theirs.pred_score)

@@ -1,0 +1,273 @@
+"""The latent term for networks that are not ours, against loops and hand-worked values."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from toll_plugin.core import TargetedCollapse, TollLoss, latent_norm
+from toll_plugin.core.penalty import LayerPass, find_layer, only_pass, watch_layer
+
+
+class Plain(nn.Module):
+    """Somebody's autoencoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.decoder = nn.ModuleList([nn.Linear(2, 4), nn.Linear(4, 6)])
+
+    def forward(self, x):
+        z = self.encoder(x)
+        return self.decoder[1](self.decoder[0](z))
+
+
+def hooks_of(network: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in network.modules())
+
+
+# --- the norm
+
+
+def norms_by_loops(latent: np.ndarray, pool: str) -> list[float]:
+    """Positions are the last axis but one of tokens, and all axes but the first two of maps."""
+    found = []
+    for sample in latent:
+        if pool == "flatten" or sample.ndim == 1:
+            found.append(math.sqrt(sum(float(v) ** 2 for v in sample.ravel())))
+            continue
+        rows = sample if sample.ndim == 2 else sample.reshape(len(sample), -1).T
+        each = [math.sqrt(sum(float(v) ** 2 for v in row)) for row in rows]
+        found.append(sum(each) / len(each) if pool == "mean" else max(each))
+    return found
+
+
+@pytest.mark.parametrize("pool", ["flatten", "mean", "max"])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 4, 5), (3, 5, 2, 4), (2, 3, 2, 2, 2), (1, 1, 1, 1)])
+def test_norm_equals_loops(shape, pool):
+    latent = torch.randn(shape, dtype=torch.float64)
+    expected = norms_by_loops(latent.numpy(), pool)
+    torch.testing.assert_close(latent_norm(latent, pool=pool), torch.tensor(expected, dtype=torch.float64))
+    squared = latent_norm(latent, pool="flatten", exponent=2)
+    torch.testing.assert_close(squared, latent.flatten(1).square().sum(1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 100), st.sampled_from(["flatten", "mean", "max"]))
+def test_norm_scales_with_the_latent_and_ignores_the_order_of_positions(seed, factor, pool):
+    latent = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    norm = latent_norm(latent, pool=pool)
+    torch.testing.assert_close(latent_norm(factor * latent, pool=pool), factor * norm)
+    torch.testing.assert_close(latent_norm(latent.flip(2, 3), pool=pool), norm)
+    assert (latent_norm(latent, pool="mean") <= latent_norm(latent, pool="max")).all()
+    assert (latent_norm(latent, pool="max") <= latent_norm(latent, pool="flatten")).all()
+
+
+def test_norm_in_half_precision_does_not_overflow():
+    assert latent_norm(torch.full((1, 4, 8, 8), 3e4, dtype=torch.float16)).item() == pytest.approx(4.8e5)
+
+
+# --- loss and score
+
+
+def test_loss_and_score_by_hand():
+    latent = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 0.0]])
+    collapse = TargetedCollapse("z", 0.5, score_weight=2.0)
+    assert collapse.loss(latent).item() == pytest.approx(0.5 * 15 / 3)
+    assert collapse.score(latent).tolist() == [10.0, 20.0, 0.0]
+    assert TargetedCollapse("z", 0.5).score(latent).tolist() == [2.5, 5.0, 0.0]
+
+
+def test_loss_counts_normal_samples_only():
+    latent = torch.tensor([[3.0, 4.0], [math.inf, 1.0], [0.0, 1.0]], requires_grad=True)
+    loss = TargetedCollapse("z", 0.5).loss(latent, torch.tensor([True, False, True]))
+    assert loss.item() == pytest.approx(0.5 * (5 + 1) / 2)
+    loss.backward()
+    torch.testing.assert_close(latent.grad, torch.tensor([[0.15, 0.2], [0.0, 0.0], [0.0, 0.25]]))
+
+
+@pytest.mark.parametrize("pool", ["flatten", "mean", "max"])
+def test_loss_without_a_normal_sample_is_zero_and_pulls_nothing(pool):
+    latent = torch.randn(2, 3, 2, 2, requires_grad=True)
+    loss = TargetedCollapse("z", 0.5, pool=pool).loss(latent, torch.zeros(2, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert not latent.grad.any()
+
+
+def test_loss_refuses_a_mask_of_another_length():
+    with pytest.raises(ValueError, match=r"normal must have shape \(2,\)"):
+        TargetedCollapse("z").loss(torch.ones(2, 3), torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"layer": None}, TypeError, "layer must be the dotted path"),
+        ({"weight": -1.0}, ValueError, "weight must be finite and >= 0, got -1"),
+        ({"weight": math.nan}, ValueError, "weight must be finite"),
+        ({"weight": "1"}, TypeError, "weight must be a real number"),
+        ({"score_weight": math.inf}, ValueError, "score_weight must be finite"),
+        ({"pool": "sum"}, ValueError, "pool must be one of 'flatten', 'mean', 'max', got 'sum'"),
+        ({"exponent": 3}, ValueError, "exponent must be one of 1, 2"),
+    ],
+)
+def test_arguments_are_checked(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        TargetedCollapse(**({"layer": "encoder"} | arguments))
+
+
+# --- the method on somebody's autoencoder
+
+
+def test_a_plain_autoencoder_with_the_term_is_toll():
+    x = torch.rand(32, 6)
+    theirs = Plain()
+    ours = copy.deepcopy(theirs)
+    toll, collapse = TollLoss(beta=0.3), TargetedCollapse("encoder", 0.3)
+    optimizers = [torch.optim.Adam(network.parameters(), lr=1e-2) for network in (theirs, ours)]
+    for _ in range(25):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        toll(x, ours(x), ours.encoder(x)).backward()
+        with collapse.watch(theirs) as latent:
+            loss = torch.linalg.vector_norm(theirs(x) - x, dim=1).mean()
+        (loss + latent.loss()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(theirs.state_dict()[name], value, msg=name)
+    with collapse.watch(theirs) as latent, torch.no_grad():
+        score = torch.linalg.vector_norm(theirs(x) - x, dim=1)
+    expected = toll.score(toll.terms(x, ours(x), ours.encoder(x)))
+    torch.testing.assert_close(score + latent.score(), expected)
+
+
+def test_the_gradient_flows_through_the_latents_producers_only():
+    network, x = Plain(), torch.rand(8, 6)
+    with TargetedCollapse("encoder").watch(network) as latent:
+        network(x)
+    latent.loss().backward()
+    assert all(p.grad.abs().sum() > 0 for p in network.encoder.parameters())
+    assert all(p.grad is None for p in network.decoder.parameters())
+
+
+def test_pulling_equals_adding_to_the_loss():
+    x = torch.rand(8, 6)
+    added = Plain()
+    pulled = copy.deepcopy(added)
+    collapse = TargetedCollapse("encoder", 0.7)
+    with collapse.watch(added) as latent:
+        loss = (added(x) - x).square().mean()
+    (loss + latent.loss()).backward()
+    with watch_layer(pulled, "encoder") as passes:
+        handle = pulled.encoder.register_forward_hook(lambda *call: collapse.pull(call[-1]))
+        (pulled(x) - x).square().mean().backward()
+        handle.remove()
+    assert len(passes) == 1
+    for (name, p), q in zip(added.named_parameters(), pulled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+
+
+# --- watching
+
+
+def test_a_latent_nobody_trains_is_refused():
+    network = Plain().requires_grad_(False)
+    with TargetedCollapse("encoder").watch(network) as latent:
+        network(torch.rand(2, 6))
+    with pytest.raises(RuntimeError, match="nothing that is trained makes the latent"):
+        latent.loss()
+    with torch.no_grad():
+        assert latent.loss() > 0  # a validation loss is fine
+
+
+def test_several_passes_are_not_guessed_at():
+    network, x = Plain(), torch.rand(2, 6)
+    with TargetedCollapse("encoder").watch(network) as latent:
+        network(x)
+        network(2 * x)
+    with pytest.raises(RuntimeError, match="called 2 times"):
+        _ = latent.latent
+    with TargetedCollapse("encoder").watch(network, lambda passes: passes[0].output) as latent:
+        network(x)
+        network(2 * x)
+    torch.testing.assert_close(latent.latent, network.encoder(x))
+    with TargetedCollapse("decoder.1").watch(network) as latent:
+        network.encoder(x)
+    with pytest.raises(RuntimeError, match="called 0 times"):
+        latent.score()
+
+
+@pytest.mark.parametrize("output", [[torch.ones(2, 3)], torch.ones(2), torch.ones(2, 3, dtype=torch.int64)])
+def test_only_a_tensor_of_one_row_per_sample_is_a_latent(output):
+    with pytest.raises(TypeError, match="the latent must be a floating point tensor of shape"):
+        only_pass([LayerPass(nn.Identity(), (), output)])
+
+
+def test_no_hook_stays():
+    network = Plain()
+    with TargetedCollapse("encoder").watch(network):
+        assert hooks_of(network) == 1
+    assert hooks_of(network) == 0
+    with pytest.raises(ZeroDivisionError), TargetedCollapse("encoder").watch(network):
+        raise ZeroDivisionError
+    assert hooks_of(network) == 0
+
+
+def test_the_network_can_be_copied_and_pickled_after_a_step():
+    network, x = Plain(), torch.rand(2, 6)
+    collapse = TargetedCollapse("encoder", 0.2, pool="max", exponent=2)
+    with collapse.watch(network) as latent:
+        network(x)
+    latent.loss()
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        torch.testing.assert_close(other(x), network(x))
+    assert repr(pickle.loads(pickle.dumps(collapse))) == repr(collapse)
+    assert eval(repr(collapse)).pool == "max"
+
+
+@pytest.mark.parametrize("where", ["whole", "layer", "in place"])
+def test_a_network_compiled_before_is_watched_too(where):
+    network, x = Plain(), torch.rand(2, 6)
+    compiled: nn.Module = network
+    if where == "whole":
+        compiled = torch.compile(network, backend="eager")
+    elif where == "layer":
+        network.encoder = torch.compile(network.encoder, backend="eager")
+    else:
+        network.compile(backend="eager")
+    compiled(x)
+    for _ in range(2):
+        with TargetedCollapse("encoder").watch(compiled) as latent:
+            compiled(x)
+        torch.testing.assert_close(latent.latent, network.encoder(x))
+
+
+def test_a_wrong_path_names_what_is_there():
+    network = Plain()
+    with pytest.raises(ValueError, match=r"no module 'coder': Plain has no 'coder', it has encoder, decoder"):
+        find_layer(network, "coder")
+    with pytest.raises(ValueError, match=r"no module 'encoder.9': encoder has no '9', it has 0, 1, 2"):
+        find_layer(network, "encoder.9")
+    with pytest.raises(ValueError, match=r"'decoder' is a ModuleList.*decoder.0, decoder.1"):
+        find_layer(network, "decoder")
+    with pytest.raises(ValueError, match="no module '': Plain has no ''"):
+        find_layer(network, "")
+
+    class Detector:
+        model = None
+
+    detector = Detector()
+    with pytest.raises(ValueError, match="Detector has no 'model', it has no modules"):
+        find_layer(detector, "model.encoder")
+    detector.model = network
+    assert find_layer(detector, "model.encoder.2") is network.encoder[2]
