@@ -109,7 +109,13 @@ def _scores(model: Any, data: Any, score_weight: float) -> tuple[Any, Any]:
 
 
 def run_image(
-    name: str, part: str, seed: int, strength: float, mvtec: Path | None, weights: Path | None
+    name: str,
+    part: str,
+    seed: int,
+    strength: float,
+    mvtec: Path | None,
+    weights: Path | None,
+    epochs: int | None,
 ) -> dict[str, Any]:
     """AUROC of a host, trained with ``strength`` times its default weight, without and with the term in its score."""
     import lightning.pytorch as pl
@@ -122,7 +128,7 @@ def run_image(
     logging.disable(logging.WARNING)
     digits = part.isdigit()
     host = HOSTS[name]
-    side, epochs = (host.sizes[0], host.epochs[0]) if digits else (host.sizes[1], host.epochs[1])
+    side, usual = host.sizes[not digits], host.epochs[not digits]
     default = getattr(collapsed, f"Collapsed{name}").collapse_weight
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
@@ -130,7 +136,7 @@ def run_image(
         data = _data(part, seed, host.batch_size, mvtec)
         pl.seed_everything(seed, verbose=False)
         model = _model(name, side, strength * default, weights if host.pretrained else None, folder)
-        trainer = quiet_trainer(epochs)
+        trainer = quiet_trainer(epochs or usual)
         start = time.perf_counter()
         trainer.fit(model, datamodule=data)
         seconds = time.perf_counter() - start

@@ -128,6 +128,7 @@ def mixin(
     strengths: tuple[float, ...] = (1.0, 10.0),
     seeds: int = 3,
     max_rows: int = 2000,
+    epochs: int | None = None,
     jobs: int = 2,
     output: Path = RESULTS / "mixin.json",
 ) -> None:
@@ -145,6 +146,7 @@ def mixin(
         strengths: Multiples of the default weights.
         seeds: Splits, each with its own initial weights.
         max_rows: Larger tables are drawn from.
+        epochs: Of every image host; by default each has its own number, and tables their host's.
         jobs: Processes, one thread each.
         output: Where the record goes.
     """
@@ -152,7 +154,7 @@ def mixin(
     arms = (0.0, *strengths)
     parts = [*map(str, classes), *(categories if mvtec else ())]
     images = [
-        ("image", host, part, seed, strength, mvtec, weights)
+        ("image", host, part, seed, strength, mvtec, weights, epochs)
         for host in hosts
         if host in HOSTS
         for part in parts

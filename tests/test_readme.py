@@ -22,6 +22,10 @@ SMALL = {
     "python -m benchmarks imports": " --repeats 1",
     "python -m benchmarks tables '[\"ODDS\"]'": " --names [small] --seeds 1 --methods [TollDetector,KNN] --jobs 1",
     "python -m benchmarks arrhythmia ODDS splits": " --seeds 1 --iterations 40 --jobs 1",
+    "python -m benchmarks mixin --mvtec MVTecAD --roots '[\"ODDS\"]'": (
+        " --categories [part] --names [small] --classes [8] --hosts [Ganomaly,AutoEncoder] --strengths [1]"
+        " --seeds 1 --epochs 1 --jobs 1"
+    ),
     "python -m benchmarks speed --roots '[\"ODDS\"]'": (
         " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 30000"
     ),
@@ -35,6 +39,7 @@ def workplace(tmp_path_factory, mvtec_root):
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(mvtec_root / "part", folder / "my_images")
+    shutil.copytree(mvtec_root, folder / "MVTecAD")
     _tables(folder)
     return folder
 

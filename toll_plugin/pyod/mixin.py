@@ -156,12 +156,12 @@ class TargetedCollapseMixin:
     def decision_function(self, X: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N803
         """The host's scores, with the term."""
         host: Any = super()
-        network, collapse = type(self).collapse_network, self.collapse
-        if not network or collapse.score_weight == 0:
-            return host.decision_function(X, *args, **kwargs)
-        if getattr(self, network, None) is None:
+        collapse = self.collapse
+        if getattr(self, collapse.layer.split(".")[0], None) is None:
             msg = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' before using it"
             raise NotFittedError(msg)
+        if not type(self).collapse_network or collapse.score_weight == 0:
+            return host.decision_function(X, *args, **kwargs)
         with watch_layer(self, collapse.layer) as passes:
             scores = host.decision_function(X, *args, **kwargs)
         terms = torch.cat([collapse.score(only_pass([one])) for one in passes])
