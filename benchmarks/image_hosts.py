@@ -36,16 +36,16 @@ class ImageHost(NamedTuple):
 
 HOSTS = {
     "Ganomaly": ImageHost(
-        lambda _: {"n_features": 32, "latent_vec_size": 64, "batch_size": 16}, False, (32, 64), (20, 10)
+        lambda _: {"n_features": 32, "latent_vec_size": 64, "batch_size": 16}, False, (32, 64), (20, 6)
     ),
     "ReverseDistillation": ImageHost(lambda _: RESNET, True, (64, 128), (10, 3)),
     "Fre": ImageHost(
         lambda side: RESNET | {"layer": "layer3", "latent_dim": 64, "input_dim": 256 * (side // 32) ** 2},
         True,
         (64, 128),
-        (30, 10),
+        (30, 5),
     ),
-    "Supersimplenet": ImageHost(lambda _: RESNET | {"layers": ["layer2", "layer3"]}, True, (96, 128), (2, 1)),
+    "Supersimplenet": ImageHost(lambda _: RESNET | {"layers": ["layer2", "layer3"]}, True, (96, 96), (2, 1)),
     "Glass": ImageHost(
         lambda side: (
             RESNET | {"input_shape": (side, side), "pretrain_embed_dim": 384, "target_embed_dim": 384, "step": 3}
@@ -93,19 +93,36 @@ def _model(name: str, side: int, weight: float | None, weights: Path | None, tex
         )
 
 
-def _scores(model: Any, data: Any, score_weight: float) -> tuple[Any, Any]:
-    """Raw scores of the test images, before any mapping ties them, and their labels."""
+def _batches(data: Any, seed: int) -> Any:
+    """The test images; of the digits all normal ones and as many others as make 300."""
+    import numpy as np
+
+    if not hasattr(data.test_data, "__getitems__"):
+        yield from data.test_dataloader()
+        return
+    labels = data.test_data.__getitems__(range(len(data.test_data))).gt_label.numpy()
+    others = np.random.default_rng(seed).permutation(np.flatnonzero(labels == 1))
+    chosen = np.concatenate([np.flatnonzero(labels == 0), others])[:300]
+    for start in range(0, len(chosen), 50):
+        yield data.test_data.__getitems__(chosen[start : start + 50].tolist())
+
+
+def _scores(model: Any, batches: Any) -> tuple[Any, Any, Any]:
+    """The host's raw scores, before any mapping ties them; norms of the latent; labels."""
     import torch
 
     model.eval()
-    model.collapse.score_weight = score_weight
-    scores, labels = [], []
+    model.collapse.score_weight = 0.0
+    scores, norms, labels = [], [], []
     with torch.no_grad():
-        for loaded in data.test_dataloader():
+        for loaded in batches:
             labels.append(loaded.gt_label)
             batch = loaded.update(image=model.pre_processor(loaded.image))
-            scores.append(model.predict_step(batch, 0).pred_score.reshape(-1))
-    return torch.cat(scores).double().numpy(), torch.cat(labels).int().numpy()
+            n = len(batch.image)
+            with model.collapse.watch(model, lambda passes, n=n: model.collapse_latent(passes, n)) as latent:
+                scores.append(model.predict_step(batch, 0).pred_score.reshape(-1))
+            norms.append(model.collapse.norms(latent.latent))
+    return torch.cat(scores).double().numpy(), torch.cat(norms).double().numpy(), torch.cat(labels).int().numpy()
 
 
 def run_image(
@@ -142,9 +159,7 @@ def run_image(
         seconds = time.perf_counter() - start
         data.setup("test")
         factor = default * model.collapse_score_factor()
-        without, labels = _scores(model, data, 0.0)
-        unit, _ = _scores(model, data, factor)
-    norms = (unit - without) / factor
+        without, norms, labels = _scores(model, _batches(data, seed))
     return {
         "host": name,
         "data": part,

@@ -110,8 +110,8 @@ class MixinContract:
             model = build(**changes)
             seed()
             trainer = Trainer(
-                max_epochs=1,
-                limit_train_batches=2,
+                max_epochs=2,  # some hosts warm up their learning rate from zero, by epoch
+                limit_train_batches=1,
                 limit_val_batches=1,
                 num_sanity_val_steps=0,
                 accelerator="cpu",
