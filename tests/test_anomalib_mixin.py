@@ -15,10 +15,10 @@ from anomalib import LearningType
 from anomalib import models as anomalib_models
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.models import AnomalibModule, get_model
+from contracts import run_cli
+from mixin_contract import Host, MixinContract, hooks_of, norms_by_loops, seed
 from torch import nn
 
-from tests.contracts import run_cli
-from tests.mixin_contract import Host, MixinContract, hooks_of, norms_by_loops, seed
 from toll_plugin.anomalib import (
     CollapsedDraem,
     CollapsedFre,
@@ -42,18 +42,17 @@ def _code(call: Any, _: int) -> torch.Tensor:
 
 
 HOSTS = [
-    Host("Ganomaly", GANOMALY, 32, latent=lambda call, _: call[-1]),
-    Host("ReverseDistillation", RESNET | {"pre_trained": False}, 64, latent=lambda call, _: call[-1]),
+    Host("Ganomaly", GANOMALY, 32),
+    Host("ReverseDistillation", RESNET | {"pre_trained": False}, 64),
     Host("Fre", FRE, 32, latent=_code),
-    Host("Supersimplenet", RESNET | {"layers": ["layer2", "layer3"]}, 96, latent=lambda call, _: call[-1]),
+    Host("Supersimplenet", RESNET | {"layers": ["layer2", "layer3"]}, 96),
     Host(
         "EfficientAd",
         {"imagenet_dir": "IMAGES", "teacher_out_channels": 8},
         256,
-        latent=lambda call, _: call[-1],
         batch_size=1,
     ),
-    Host("Draem", {"dtd_dir": "IMAGES"}, 32, latent=lambda call, _: call[-1]),
+    Host("Draem", {"dtd_dir": "IMAGES"}, 32),
     Host(
         "Glass",
         RESNET | {"input_shape": (32, 32), "pretrain_embed_dim": 64, "target_embed_dim": 64, "step": 2},
@@ -62,12 +61,11 @@ HOSTS = [
     ),
     # Both teachers' maps of an image, which the host has one after the other in the batch.
     Host("UniNet", {}, 32, latent=lambda call, n: torch.cat([call[-1][:n], call[-1][n:]], dim=1), copies=False),
-    Host("Dinomaly", {"encoder_name": "vit_small_patch14_reg4_dinov2"}, 28, latent=lambda call, _: call[-1]),
+    Host("Dinomaly", {"encoder_name": "vit_small_patch14_reg4_dinov2"}, 28),
     Host(
         "InpFormer",
         {"encoder_name": "vit_small_patch14_reg4_dinov2"},
         28,
-        latent=lambda call, _: call[-1],
         copies=False,
     ),
 ]
@@ -342,6 +340,50 @@ class Manual(PlainAutoencoder):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.automatic_optimization = False
+
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> None:
+        self.manual_backward(super().training_step(batch, *args, **kwargs))
+
+    def manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward(*args, **kwargs)
+
+
+def test_a_step_without_the_backward_pass_that_gets_the_term_is_an_error():
+    class Mine(TargetedCollapseMixin, Manual):
+        collapse_layer = "model.network.encoder"
+        collapse_backward = 1
+
+    model = Mine(pre_processor=False, evaluator=False, visualizer=False).train()
+    with pytest.raises(RuntimeError, match="collapse_backward is 1, but the step had 1 backward passes"):
+        model.training_step(ImageBatch(image=torch.rand(2, 3, 16, 16)), 0)
+
+
+def test_a_step_that_is_skipped_stays_skipped():
+    class Skipping(PlainAutoencoder):
+        def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> None:
+            super().training_step(batch, *args, **kwargs)
+
+    kind = type("Mine", (TargetedCollapseMixin, Skipping), {"collapse_layer": "model.network.encoder"})
+    assert kind(pre_processor=False).train().training_step(ImageBatch(image=torch.rand(2, 3, 16, 16)), 0) is None
+
+
+def test_steps_that_call_each_other_add_the_term_once():
+    class Nested(PlainAutoencoder):
+        def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
+            return self.validation_step(batch, *args, **kwargs)
+
+        def predict_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
+            del args, kwargs
+            return batch.update(**self(batch.image)._asdict())
+
+    kind = type("Mine", (TargetedCollapseMixin, Nested), {"collapse_layer": "model.network.encoder"})
+    model = kind(pre_processor=False, post_processor=False, collapse_weight=0.5).eval()
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(images).pred_score
+        assert (expected - model.model(images).pred_score).min() > 0
+        for step in (model.validation_step, model.test_step, model.predict_step):
+            assert torch.equal(step(ImageBatch(image=images), 0).pred_score, expected)
 
 
 # --- refusals

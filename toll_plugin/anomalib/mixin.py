@@ -107,6 +107,7 @@ class TargetedCollapseMixin:
         # What the class says today, so that a checkpoint does not change with the class.
         host.hparams.update(chosen)
         self.collapse = collapse
+        self._scoring = False
         if not host.automatic_optimization and type(self).collapse_backward is None:
             msg = (
                 f"{type(self).__name__} optimises manually, so its loss never reaches the mixin: set the class "
@@ -158,10 +159,11 @@ class TargetedCollapseMixin:
             args = ()
         if self.collapse.weight == 0:
             return host.training_step(batch, *args, **kwargs)
+        backward = type(self).collapse_backward
         with self._term_of(batch) as term:
-            if type(self).collapse_backward is None:
-                return _add(host.training_step(batch, *args, **kwargs), term())
-            with self._in_manual_loss(term):
+            if backward is None:
+                return _add(host.training_step(batch, *args, **kwargs), term)
+            with self._in_manual_loss(term, backward):
                 return host.training_step(batch, *args, **kwargs)
 
     @contextmanager
@@ -181,13 +183,13 @@ class TargetedCollapseMixin:
             yield term
 
     @contextmanager
-    def _in_manual_loss(self, term: Callable[[], Tensor]) -> Iterator[None]:
+    def _in_manual_loss(self, term: Callable[[], Tensor], position: int) -> Iterator[None]:
         host: Any = self
         backward, calls = host.manual_backward, 0
 
         def with_term(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             nonlocal calls
-            if calls == type(self).collapse_backward:
+            if calls == position:
                 loss = loss + term()
             calls += 1
             backward(loss, *args, **kwargs)
@@ -198,6 +200,9 @@ class TargetedCollapseMixin:
             yield
         finally:
             del host.manual_backward
+        if calls <= position:
+            msg = f"collapse_backward is {position}, but the step had {calls} backward passes"
+            raise RuntimeError(msg)
 
     # --- scores
 
@@ -205,7 +210,8 @@ class TargetedCollapseMixin:
     def _in_scores(self) -> Iterator[None]:
         """Within the block the model's predictions have the term."""
         host: Any = self
-        if self.collapse.score_weight == 0 or host.training:
+        # A host's step may call another one, or forward: the term is added once.
+        if self.collapse.score_weight == 0 or host.training or self._scoring:
             yield
             return
         with watch_layer(self, self.collapse.layer) as passes:
@@ -221,9 +227,11 @@ class TargetedCollapseMixin:
                 return output._replace(pred_score=scores + term.reshape(scores.shape))
 
             handle = host.model.register_forward_hook(add)
+            self._scoring = True
             try:
                 yield
             finally:
+                self._scoring = False
                 handle.remove()
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -251,10 +259,12 @@ class TargetedCollapseMixin:
             return host.predict_step(*args, **kwargs)
 
 
-def _add(result: Any, term: Tensor) -> Any:
+def _add(result: Any, term: Callable[[], Tensor]) -> Any:
+    if result is None:  # which skips the step
+        return None
     if isinstance(result, Tensor):
-        return result + term
-    return {**result, "loss": result["loss"] + term}
+        return result + term()
+    return {**result, "loss": result["loss"] + term()}
 
 
 def _refuse(kind: type) -> None:

@@ -105,7 +105,7 @@ class TargetedCollapseMixin:
         collapse = self.collapse
         if collapse.weight == 0:
             return host.training_forward(batch_data)
-        criterion: Any = self.__dict__["criterion"]
+        criterion: Any = getattr(self, "criterion")  # noqa: B009  the host has it
         calls = 0
 
         def with_term(*args: Any, **kwargs: Any) -> Any:
