@@ -112,7 +112,7 @@ def _scores(model: Any, batches: Any) -> tuple[Any, Any, Any]:
     import torch
 
     model.eval()
-    model.collapse.score_weight = 0.0
+    model.collapse_score_weight = 0.0
     scores, norms, labels = [], [], []
     with torch.no_grad():
         for loaded in batches:

@@ -186,7 +186,7 @@ class MixinContract:
         model, _ = trained
         layer = model.collapse.find(model)
         outputs = []
-        handle = layer.register_forward_hook(lambda *call: outputs.append(call))
+        handle = layer.register_forward_hook(lambda *call: outputs.append((*call[:-1], call[-1].clone())))
         with torch.no_grad():
             theirs = model.model(model.pre_processor(images)).pred_score.reshape(-1)
         handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -416,6 +417,12 @@ def test_manual_optimisation_is_refused_unless_the_class_says_where_its_loss_is(
         kind()
     kind.collapse_backward = 0
     assert kind().collapse.layer == "model.network.encoder"
+    kind.collapse_backward = -1
+    with pytest.raises(ValueError, match="collapse_backward must be at least 0, got -1"):
+        kind()
+    automatic = type("Mine", (CollapsedPlain,), {"collapse_backward": 0})
+    with pytest.raises(TypeError, match="collapse_backward is for hosts that optimise manually, which Mine does not"):
+        automatic()
 
 
 @pytest.mark.parametrize(
@@ -423,9 +430,9 @@ def test_manual_optimisation_is_refused_unless_the_class_says_where_its_loss_is(
     [
         ({"collapse_layer": "model.network.coder"}, "model.network has no 'coder', it has encoder, decoder"),
         ({"collapse_layer": "net"}, r"CollapsedPlain has no 'net', it has .*model"),
-        ({"collapse_weight": -1}, "weight must be finite and >= 0, got -1"),
-        ({"collapse_score_weight": float("nan")}, "score_weight must be finite"),
-        ({"collapse_pool": "sum"}, "pool must be one of"),
+        ({"collapse_weight": -1}, "^collapse_weight must be finite and >= 0, got -1"),
+        ({"collapse_score_weight": float("nan")}, "^collapse_score_weight must be finite"),
+        ({"collapse_pool": "sum"}, "^collapse_pool must be one of"),
     ],
 )
 def test_arguments_are_checked_at_construction(changes, message):
@@ -484,3 +491,41 @@ def test_a_compiled_model_trains_and_scores_with_the_term(compile_what):
         for _ in range(2):
             ours, theirs = run(images), expected.eval()(images)
             torch.testing.assert_close(ours.pred_score, theirs.pred_score)
+
+
+def test_arguments_can_be_read_and_changed():
+    model = plain(collapse_weight=0.5)
+    assert (model.collapse_weight, model.collapse_score_weight, model.collapse.score_weight) == (0.5, None, 0.5)
+    assert model.hparams_initial["collapse_weight"] == 0.5
+    assert plain().hparams_initial["collapse_weight"] == CollapsedPlain.collapse_weight
+    model.collapse_weight, model.collapse_pool = 0.0, "max"
+    assert (model.collapse.weight, model.collapse.score_weight, model.collapse.pool) == (0.0, 0.0, "max")
+
+
+def test_threads_score_with_one_model():
+    model = plain(collapse_weight=0.5, post_processor=False).eval()
+    images = [torch.rand(2, 3, 16, 16) for _ in range(8)]
+    with torch.no_grad():
+        expected = [model(image).pred_score for image in images]
+
+    def right(i: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(model(images[i % 8]).pred_score, expected[i % 8])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, range(120)))
+    assert hooks_of(model) == 0
+
+
+def test_a_host_whose_model_returns_no_score_is_an_error():
+    class Own(PlainAutoencoder):
+        def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
+            del args, kwargs
+            return batch.update(pred_score=self.model.network(batch.image)[0].flatten(1).mean(1))
+
+    kind = type("Mine", (TargetedCollapseMixin, Own), {"collapse_layer": "model.network.encoder"})
+    model, batch = kind(pre_processor=False).eval(), ImageBatch(image=torch.rand(2, 3, 16, 16))
+    with pytest.raises(RuntimeError, match="the model of Mine returned no InferenceBatch"):
+        model.validation_step(batch, 0)
+    model.collapse_score_weight = 0.0
+    assert model.validation_step(batch, 0).pred_score.shape == (2,)

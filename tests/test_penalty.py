@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -271,3 +272,58 @@ def test_a_wrong_path_names_what_is_there():
         find_layer(detector, "model.encoder")
     detector.model = network
     assert find_layer(detector, "model.encoder.2") is network.encoder[2]
+
+
+def test_a_layer_that_works_in_place_does_not_change_the_latent():
+    network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 4))
+    x = torch.randn(5, 4)
+    with TargetedCollapse("0").watch(network) as latent:
+        network(x)
+    torch.testing.assert_close(latent.latent, network[0](x))
+    latent.loss().backward()
+    gradient = network[0].weight.grad.clone()
+    network.zero_grad()
+    (0.1 * network[0](x).norm(dim=1).mean()).backward()
+    torch.testing.assert_close(gradient, network[0].weight.grad)
+
+
+def test_pulling_acts_on_one_backward_pass():
+    weight = torch.ones(2, 3, requires_grad=True)
+    z = weight * 1.0
+    TargetedCollapse("z", 1.0).pull(z)
+    z.sum().backward(retain_graph=True)
+    first = weight.grad.clone()
+    weight.grad = None
+    z.sum().backward()
+    torch.testing.assert_close(weight.grad, torch.ones(2, 3))
+    torch.testing.assert_close(first, 1 + 0.5 * torch.ones(2, 3) / 3**0.5)
+    with pytest.raises(RuntimeError, match="nothing that is trained"):
+        TargetedCollapse("z").pull(torch.ones(2, 3))
+
+
+def test_threads_watch_the_same_network_apart():
+    network, collapse = Plain(), TargetedCollapse("encoder")
+
+    def watch(seed: int) -> bool:
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        with collapse.watch(network) as latent, torch.no_grad():
+            network(x)
+        return torch.equal(latent.latent, network.encoder(x).detach())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(watch, range(200)))
+    assert hooks_of(network) == 0
+
+
+def test_blocks_that_overlap_leave_compiled_code_compiled():
+    from torch._dynamo import eval_frame
+
+    before = eval_frame._stance.stance
+    one, two = (TargetedCollapse("encoder").watch(Plain()) for _ in range(2))
+    one.__enter__()
+    two.__enter__()
+    assert eval_frame._stance.stance == "force_eager"
+    one.__exit__(None, None, None)
+    assert eval_frame._stance.stance == "force_eager"
+    two.__exit__(None, None, None)
+    assert eval_frame._stance.stance == before == "default"

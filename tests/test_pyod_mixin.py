@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -158,10 +159,10 @@ class TestEveryHost:
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
         [
-            ({"collapse_weight": -0.1}, ValueError, "weight must be finite and >= 0, got -0.1"),
-            ({"collapse_weight": "much"}, TypeError, "weight must be a real number"),
-            ({"collapse_score_weight": float("nan")}, ValueError, "score_weight must be finite"),
-            ({"collapse_pool": "sum"}, ValueError, "pool must be one of"),
+            ({"collapse_weight": -0.1}, ValueError, "^collapse_weight must be finite and >= 0, got -0.1"),
+            ({"collapse_weight": "much"}, TypeError, "^collapse_weight must be a real number"),
+            ({"collapse_score_weight": float("nan")}, ValueError, "^collapse_score_weight must be finite"),
+            ({"collapse_pool": "sum"}, ValueError, "^collapse_pool must be one of"),
         ],
     )
     def test_arguments_are_checked(self, kind, host, arguments, changes, error, message):  # noqa: ARG002
@@ -183,20 +184,13 @@ def test_the_criterion_of_a_step_has_the_weighted_mean_norm():
     detector.fit(X)
     twin = copy.deepcopy(detector)
     batch = torch.tensor(X[:32], dtype=torch.float32)
+    detector.model.train()
+    loss = detector.training_forward(batch)
+    twin.model.train()
     z = twin.model.encoder(batch)
     norms = [sum(float(value) ** 2 for value in row) ** 0.5 for row in z]
     expected = float(((twin.model.decoder(z) - batch) ** 2).mean()) + 0.5 * sum(norms) / 32
-    detector.model.train()
-    assert detector.training_forward(batch) == pytest.approx(_training_loss(twin, batch, expected), rel=1e-4)
-
-
-def _training_loss(twin: Any, batch: torch.Tensor, evaluated: float) -> float:
-    """The same in training mode, where BatchNorm sees the batch; the mode changes the number."""
-    twin.model.train()
-    z = twin.model.encoder(batch)
-    loss = float(((twin.model.decoder(z) - batch) ** 2).mean() + 0.5 * z.norm(dim=1).mean())
-    assert loss != evaluated
-    return loss
+    assert loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_hosts_that_train_in_their_own_fit_move_as_if_the_term_were_in_their_loss(monkeypatch):
@@ -251,6 +245,10 @@ def test_a_class_of_ones_own_takes_the_hosts_arguments():
         def __init__(self, contamination=0.1, collapse_weight=0.1):
             super().__init__(contamination=contamination, epoch_num=1, verbose=0, collapse_weight=collapse_weight)
 
+    class Inheriting(Explicit):
+        pass
+
+    assert clone(Inheriting(collapse_weight=0.3)).get_params() == {"contamination": 0.1, "collapse_weight": 0.3}
     assert Mine(0.2, latent_dim=3).get_params()["latent_dim"] == 3
     assert Narrower(0.2).collapse.weight == 0.25
     assert clone(Narrower(contamination=0.2, collapse_weight=0.5)).collapse_weight == 0.5
@@ -265,6 +263,97 @@ def test_hosts_whose_loss_is_out_of_reach_are_refused(host):
 
 
 def test_hosts_with_several_losses_in_a_step_are_refused():
-    kind = type("Mine", (TargetedCollapseMixin, SO_GAAL), {"collapse_layer": "discriminator.block1"})
-    with pytest.raises(RuntimeError, match=r"called .* times|more than once"):
+    kind = type("Mine", (TargetedCollapseMixin, SO_GAAL), {"collapse_layer": "generator"})
+    with pytest.raises(RuntimeError, match="uses its criterion more than once in a step"):
         kind(epoch_num=1, verbose=0).fit(X)
+
+
+def test_a_host_that_does_not_use_its_criterion_is_refused():
+    class Own(AutoEncoder):
+        def training_forward(self, batch_data):
+            self.optimizer.zero_grad()
+            loss = nn.functional.mse_loss(self.model(batch_data), batch_data)
+            loss.backward()
+            self.optimizer.step()
+            return loss.item()
+
+    kind = type("Mine", (TargetedCollapseMixin, Own), {"collapse_layer": "model.encoder"})
+    with pytest.raises(RuntimeError, match="uses its criterion never in a step"):
+        kind(epoch_num=1, verbose=0).fit(X)
+    assert kind(epoch_num=1, verbose=0, collapse_weight=0).fit(X).labels_.shape == (70,)
+
+
+def test_a_second_encoder_pass_can_be_handled():
+    class Twice(AutoEncoder):
+        def training_forward(self, batch_data):
+            self.model.encoder(0 * batch_data)
+            return super().training_forward(batch_data)
+
+    kind = type("Mine", (TargetedCollapseMixin, Twice), {"collapse_layer": "model.encoder"})
+    with pytest.raises(RuntimeError, match="called 2 times in one step"):
+        kind(epoch_num=1, verbose=0).fit(X)
+    kind.collapse_latent = lambda _, passes, batch_size: passes[-1].output[:batch_size]
+    assert kind(epoch_num=1, verbose=0).fit(X).labels_.shape == (70,)
+
+
+@pytest.mark.parametrize(
+    ("host", "attributes", "error", "message"),
+    [
+        (
+            AutoEncoder,
+            {"collapse_network": "model"},
+            TypeError,
+            "collapse_network is for hosts with a fit of their own",
+        ),
+        (AE1SVM, {"collapse_network": "net"}, RuntimeError, "Mine trained no network in 'net', its collapse_network"),
+    ],
+)
+def test_a_wrong_network_attribute_is_an_error(host, attributes, error, message):
+    kind = type("Mine", (TargetedCollapseMixin, host), {"collapse_layer": "model.encoder", **attributes})
+    with pytest.raises(error, match=message):
+        kind().fit(X)
+
+
+class Restless(AE1SVM):
+    """Calls its encoder twice a step, or with frozen weights."""
+
+    frozen = False
+
+    def _train_autoencoder(self, train_loader):
+        encoder = self.model.encoder.requires_grad_(not self.frozen)
+        forward = self.model.forward
+        self.model.forward = lambda x: (encoder(x), forward(x))[1] if not self.frozen else forward(x)
+        super()._train_autoencoder(train_loader)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"), [(False, "called twice before a backward pass"), (True, "nothing that")]
+)
+def test_a_network_that_cannot_be_pulled_at_is_an_error(frozen, message):
+    attributes = {"collapse_layer": "model.encoder", "collapse_network": "model", "frozen": frozen}
+    detector = type("Mine", (TargetedCollapseMixin, Restless), attributes)(epochs=1)
+    with pytest.raises(RuntimeError, match=message):
+        detector.fit(X)
+    assert hooks_of(detector) == 0
+
+
+@pytest.mark.parametrize("kind", [CollapsedAutoEncoder, CollapsedDeepSVDD])
+def test_threads_score_with_one_detector(kind):
+    arguments = {"epoch_num": 1} if kind is CollapsedAutoEncoder else {"n_features": 6, "epochs": 1}
+    detector = kind(verbose=0, **arguments).fit(X)
+    expected = detector.decision_function(NEW)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: detector.decision_function(NEW), range(24)))
+    for scores_ in found:
+        np.testing.assert_array_equal(scores_, expected)
+    assert hooks_of(detector) == 0
+
+
+def test_a_wrong_layer_is_not_taken_for_a_missing_fit():
+    detector = type("Mine", (TargetedCollapseMixin, AutoEncoder), {"collapse_layer": "net.encoder"})(
+        epoch_num=1, verbose=0, collapse_weight=0, collapse_score_weight=0.5
+    )
+    with pytest.raises(
+        ValueError, match=r"there is no module 'net.encoder': Mine has no 'net', it has criterion, model"
+    ):
+        detector.fit(X)

@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from toll_plugin.anomalib.lightning_model import Toll
+from toll_plugin.core.checks import check_integer
 from toll_plugin.core.penalty import LayerPass, Pool, TargetedCollapse, only_pass, watch_layer
+from toll_plugin.core.threads import this_thread
 
 __all__ = ["TargetedCollapseMixin"]
 
@@ -33,7 +35,8 @@ class TargetedCollapseMixin:
     The term's mean over the normal images of a batch is added to what ``training_step`` returns and
     logged as ``train_collapse``; per image it is added to ``pred_score`` before the post-processor
     sees it, in every verb and every export. Images that are labelled anomalous are left out of the
-    loss. The anomaly map is the host's. With weight 0 the host is untouched, to the last bit.
+    loss. The anomaly map is the host's. With both weights 0 the host is untouched, to the last bit.
+    The host's ``self.model`` has to return an ``InferenceBatch`` when it scores, as anomalib's do.
 
     Args:
         collapse_weight: ``w`` in the loss, in units of the host's loss per unit of the latent, at
@@ -45,7 +48,7 @@ class TargetedCollapseMixin:
             latent. Default: the class attribute.
         collapse_pool: ``"flatten"``, ``"mean"`` or ``"max"``: how a map becomes one norm, see
             :func:`toll_plugin.core.latent_norm`. Default: the class attribute, ``"mean"``.
-        **kwargs: Arguments of the host.
+        **kwargs: Arguments of the host, as keywords.
 
     Attributes:
         collapse_backward: For hosts that optimise manually: which ``manual_backward`` of a step,
@@ -57,9 +60,9 @@ class TargetedCollapseMixin:
         TypeError: If the host trains nothing (memory banks, zero-shot models), is a normalising
             flow (its likelihood already pulls z to the centre), is DSR (its codes have fixed
             norms), has the term already, or optimises manually and the class does not say where
-            its loss is.
-        ValueError: If there is no such layer (the error lists those there are), or a weight or
-            pool is wrong.
+            its loss is (or the other way round); if a weight is no number.
+        ValueError: If there is no such layer (the error lists those there are), a weight is
+            negative or not finite, or the pool is unknown.
 
     Example:
         >>> from anomalib.models import Ganomaly
@@ -94,27 +97,24 @@ class TargetedCollapseMixin:
         }
         for name, value in chosen.items():
             chosen[name] = getattr(type(self), name) if value is None else value
-        collapse = TargetedCollapse(
-            chosen["collapse_layer"],
-            chosen["collapse_weight"],
-            score_weight=chosen["collapse_score_weight"],
-            pool=chosen["collapse_pool"],
-        )
+        _term(chosen)  # checks them before the host is built
         super().__init__(**kwargs)
-        if chosen["collapse_score_weight"] is None:
-            collapse.score_weight *= self.collapse_score_factor()
         host: Any = self
-        # What the class says today, so that a checkpoint does not change with the class.
+        for name, value in chosen.items():
+            setattr(self, name, value)
+        # What the class says today, so that neither a checkpoint nor a log depends on the class.
         host.hparams.update(chosen)
-        self.collapse = collapse
-        self._scoring = False
-        if not host.automatic_optimization and type(self).collapse_backward is None:
-            msg = (
-                f"{type(self).__name__} optimises manually, so its loss never reaches the mixin: set the class "
-                "attribute collapse_backward to the position, from 0, of the manual_backward that gets it"
-            )
-            raise TypeError(msg)
-        collapse.find(self)
+        host._hparams_initial.update(chosen)
+        _check_backward(type(self), manual=not host.automatic_optimization)
+        self.collapse.find(self)
+
+    @property
+    def collapse(self) -> TargetedCollapse:
+        """The term, by today's ``collapse_weight`` and the like."""
+        term = _term({name: getattr(self, name) for name in _ARGUMENTS})
+        if self.collapse_score_weight is None:
+            term.score_weight *= self.collapse_score_factor()
+        return term
 
     # --- what a host with a latent of its own kind overrides
 
@@ -159,11 +159,10 @@ class TargetedCollapseMixin:
             args = ()
         if self.collapse.weight == 0:
             return host.training_step(batch, *args, **kwargs)
-        backward = type(self).collapse_backward
         with self._term_of(batch) as term:
-            if backward is None:
+            if type(self).collapse_backward is None:
                 return _add(host.training_step(batch, *args, **kwargs), term)
-            with self._in_manual_loss(term, backward):
+            with self._in_manual_loss(term):
                 return host.training_step(batch, *args, **kwargs)
 
     @contextmanager
@@ -183,13 +182,14 @@ class TargetedCollapseMixin:
             yield term
 
     @contextmanager
-    def _in_manual_loss(self, term: Callable[[], Tensor], position: int) -> Iterator[None]:
+    def _in_manual_loss(self, term: Callable[[], Tensor]) -> Iterator[None]:
         host: Any = self
-        backward, calls = host.manual_backward, 0
+        backward, own = host.manual_backward, vars(self).get("manual_backward")
+        calls = 0
 
         def with_term(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             nonlocal calls
-            if calls == position:
+            if calls == type(self).collapse_backward:
                 loss = loss + term()
             calls += 1
             backward(loss, *args, **kwargs)
@@ -200,8 +200,10 @@ class TargetedCollapseMixin:
             yield
         finally:
             del host.manual_backward
-        if calls <= position:
-            msg = f"collapse_backward is {position}, but the step had {calls} backward passes"
+            if own is not None:
+                host.manual_backward = own
+        if calls <= (type(self).collapse_backward or 0):
+            msg = f"collapse_backward is {type(self).collapse_backward}, but the step had {calls} backward passes"
             raise RuntimeError(msg)
 
     # --- scores
@@ -210,29 +212,39 @@ class TargetedCollapseMixin:
     def _in_scores(self) -> Iterator[None]:
         """Within the block the model's predictions have the term."""
         host: Any = self
+        collapse, thread = self.collapse, this_thread()
         # A host's step may call another one, or forward: the term is added once.
-        if self.collapse.score_weight == 0 or host.training or self._scoring:
+        if collapse.score_weight == 0 or host.training or (id(self), thread) in _SCORING:
             yield
             return
-        with watch_layer(self, self.collapse.layer) as passes:
+        added = 0
 
-            def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-                if not isinstance(output, InferenceBatch):
-                    return output
-                scores: Any = output.pred_score
-                if scores is None:  # as the post-processor would make them
-                    scores = output.anomaly_map.amax(dim=(-2, -1))
-                term = self.collapse.score(self.collapse_latent(passes, scores.shape[0]))
-                passes.clear()
-                return output._replace(pred_score=scores + term.reshape(scores.shape))
+        def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            nonlocal added
+            if this_thread() != thread or not isinstance(output, InferenceBatch):
+                return output
+            scores: Any = output.pred_score
+            if scores is None:  # as the post-processor would make them
+                scores = output.anomaly_map.amax(dim=(-2, -1))
+            term = collapse.score(self.collapse_latent(passes, scores.shape[0]))
+            passes.clear()
+            added += 1
+            return output._replace(pred_score=scores + term.reshape(scores.shape))
 
+        with watch_layer(self, collapse.layer) as passes:
             handle = host.model.register_forward_hook(add)
-            self._scoring = True
+            _SCORING.add((id(self), thread))
             try:
                 yield
             finally:
-                self._scoring = False
+                _SCORING.discard((id(self), thread))
                 handle.remove()
+        if not added:
+            msg = (
+                f"the model of {type(self).__name__} returned no InferenceBatch, so there is no score that "
+                "the term could join: set collapse_score_weight to 0"
+            )
+            raise RuntimeError(msg)
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Predictions, as the exports make them."""
@@ -257,6 +269,36 @@ class TargetedCollapseMixin:
         host: Any = super()
         with self._in_scores():
             return host.predict_step(*args, **kwargs)
+
+
+#: Models that are being scored, and the threads that do it.
+_SCORING: set[tuple[int, int]] = set()
+
+_ARGUMENTS = ("collapse_weight", "collapse_score_weight", "collapse_layer", "collapse_pool")
+
+
+def _term(arguments: dict[str, Any]) -> TargetedCollapse:
+    return TargetedCollapse(
+        arguments["collapse_layer"],
+        arguments["collapse_weight"],
+        score_weight=arguments["collapse_score_weight"],
+        pool=arguments["collapse_pool"],
+        prefix="collapse_",
+    )
+
+
+def _check_backward(kind: type[TargetedCollapseMixin], *, manual: bool) -> None:
+    if not manual and kind.collapse_backward is not None:
+        msg = f"collapse_backward is for hosts that optimise manually, which {kind.__name__} does not: leave it None"
+        raise TypeError(msg)
+    if manual and kind.collapse_backward is None:
+        msg = (
+            f"{kind.__name__} optimises manually, so its loss never reaches the mixin: set the class "
+            "attribute collapse_backward to the position, from 0, of the manual_backward that gets it"
+        )
+        raise TypeError(msg)
+    if manual:
+        check_integer("collapse_backward", kind.collapse_backward, minimum=0)
 
 
 def _add(result: Any, term: Callable[[], Tensor]) -> Any:

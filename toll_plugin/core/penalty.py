@@ -13,9 +13,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from toll_plugin.core.checks import check_finite_float, check_option
 from toll_plugin.core.objective import norm_per_sample
+from toll_plugin.core.threads import Overlapping, this_thread
 
 __all__ = [
     "LayerPass",
@@ -88,9 +90,12 @@ def watch_layer(owner: object, path: str) -> Iterator[list[LayerPass]]:
         ValueError: If there is no such layer, see :func:`find_layer`.
     """
     passes: list[LayerPass] = []
+    thread = this_thread()
 
     def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        passes.append(LayerPass(layer, inputs, output))
+        if this_thread() == thread:  # others may use the same network
+            # A copy, because a layer that follows may work in place.
+            passes.append(LayerPass(layer, inputs, output.clone() if isinstance(output, Tensor) else output))
 
     handle = find_layer(owner, path).register_forward_hook(note)
     try:
@@ -100,12 +105,16 @@ def watch_layer(owner: object, path: str) -> Iterator[list[LayerPass]]:
         handle.remove()
 
 
-def _eager() -> AbstractContextManager[Any]:
-    # Compiled code never calls a hook that came after it was compiled. Without dynamo there is none.
+def _uncompiled() -> AbstractContextManager[object]:
+    # Compiled code never calls a hook that came after it was compiled. Without dynamo there is
+    # none, and code that is just being compiled sees the hook.
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
         return nullcontext()
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+_eager = Overlapping(_uncompiled)
 
 
 def _modules_below(owner: object) -> list[str]:
@@ -124,7 +133,7 @@ def only_pass(passes: Sequence[LayerPass]) -> Tensor:
     if len(passes) != 1:
         msg = (
             f"the latent's layer was called {len(passes)} times in one step, and must be called once: "
-            "give the path of another layer, or a function that makes one latent of the passes"
+            "name another layer, or say what the latent is (latent_of of watch, collapse_latent of a mixin)"
         )
         raise RuntimeError(msg)
     latent = passes[0].output
@@ -199,9 +208,7 @@ class WatchedLatent:
             RuntimeError: If nothing that is trained makes the latent, so that the term pulls nothing.
         """
         latent = self.latent
-        if torch.is_grad_enabled() and not latent.requires_grad:
-            msg = f"nothing that is trained makes the latent, the output of layer {self._collapse.layer!r}"
-            raise RuntimeError(msg)
+        self._collapse._check_trained(latent)
         return self._collapse.loss(latent, normal)
 
     def score(self) -> Tensor:
@@ -216,12 +223,13 @@ class TargetedCollapse:
 
     Args:
         layer: Dotted path of the submodule whose output is the latent.
-        weight: ``w`` in the loss, in units of the loss per unit of the latent, at least 0. At 0
-            nothing is watched.
+        weight: ``w`` in the loss, in units of the loss per unit of the latent, at least 0.
+            Default 0.1.
         score_weight: ``w`` in the score, where losses and scores have different units. Default:
             ``weight``.
         pool: How a map becomes one norm, see :func:`latent_norm`. Default ``"flatten"``.
         exponent: ``p``, 1 (default, the authors' code) or 2.
+        prefix: Of the parameter names in errors, for callers whose parameters have one.
 
     Raises:
         TypeError: If a weight is no number or ``layer`` no string.
@@ -251,16 +259,17 @@ class TargetedCollapse:
         score_weight: float | None = None,
         pool: Pool = "flatten",
         exponent: int = 1,
+        prefix: str = "",
     ) -> None:
         if not isinstance(layer, str):
-            msg = f"layer must be the dotted path of a submodule, got {layer!r}"
+            msg = f"{prefix}layer must be the dotted path of a submodule, got {layer!r}"
             raise TypeError(msg)
-        check_option("pool", pool, get_args(Pool))
-        check_option("exponent", exponent, (1, 2))
+        check_option(f"{prefix}pool", pool, get_args(Pool))
+        check_option(f"{prefix}exponent", exponent, (1, 2))
         self.layer = layer
-        self.weight = check_finite_float("weight", weight, minimum=0)
+        self.weight = check_finite_float(f"{prefix}weight", weight, minimum=0)
         own = weight if score_weight is None else score_weight
-        self.score_weight = check_finite_float("score_weight", own, minimum=0)
+        self.score_weight = check_finite_float(f"{prefix}score_weight", own, minimum=0)
         self.pool = pool
         self.exponent = int(exponent)
 
@@ -308,11 +317,25 @@ class TargetedCollapse:
 
         For training loops that keep their loss to themselves: the weights move as if the term
         had been added to a loss that reaches ``latent``.
+
+        Raises:
+            RuntimeError: If nothing that is trained makes the latent.
         """
+        self._check_trained(latent)
         with torch.enable_grad():
             leaf = latent.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.loss(leaf), leaf)
-        latent.register_hook(lambda gradient: gradient + slope)  # type: ignore[no-untyped-call]
+
+        def add(gradient: Tensor) -> Tensor:
+            handle.remove()
+            return gradient + slope
+
+        handle: RemovableHandle = latent.register_hook(add)  # type: ignore[no-untyped-call]
+
+    def _check_trained(self, latent: Tensor) -> None:
+        if torch.is_grad_enabled() and not latent.requires_grad:
+            msg = f"nothing that is trained makes the latent, the output of layer {self.layer!r}"
+            raise RuntimeError(msg)
 
     @contextmanager
     def watch(

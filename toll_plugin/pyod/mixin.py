@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from pyod.models.base_dl import BaseDeepLearningDetector
 from sklearn.exceptions import NotFittedError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from toll_plugin.core.penalty import Pool, TargetedCollapse, find_layer, only_pass, watch_layer
+from toll_plugin.core.penalty import (
+    LayerPass,
+    Pool,
+    TargetedCollapse,
+    WatchedLatent,
+    find_layer,
+    only_pass,
+    watch_layer,
+)
 
 __all__ = ["TargetedCollapseMixin"]
 
@@ -28,8 +38,8 @@ class TargetedCollapseMixin:
     Detectors built on PyOD's ``BaseDeepLearningDetector`` get the term in the criterion of each
     step and in the scores of each batch. Detectors that train inside their own ``fit`` need
     ``collapse_network``; their weights then move as if the term were in the loss, which they do not
-    report, and by which they do not choose an epoch. With weight 0 the host is untouched, to
-    the last bit.
+    report, and by which they do not choose an epoch. With both weights 0 the host is untouched,
+    to the last bit.
 
     Args:
         *args: Arguments of the host.
@@ -71,7 +81,7 @@ class TargetedCollapseMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give the class a constructor whose signature PyOD and scikit-learn can read."""
         super().__init_subclass__(**kwargs)
-        if "__init__" not in vars(cls):
+        if cls.__init__ is TargetedCollapseMixin.__init__ or hasattr(cls.__init__, "of_the_mixin"):
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -79,6 +89,11 @@ class TargetedCollapseMixin:
             msg = (
                 f"{type(self).__name__} trains inside its own fit, where the loss is out of reach: set the class "
                 "attribute collapse_network to the attribute in which fit keeps its network, if it has a latent"
+            )
+            raise TypeError(msg)
+        if isinstance(self, BaseDeepLearningDetector) and type(self).collapse_network:
+            msg = (
+                f"collapse_network is for hosts with a fit of their own, not for {type(self).__name__}: leave it empty"
             )
             raise TypeError(msg)
         chosen = {name: kwargs.pop(name, getattr(type(self), name)) for name in _ARGUMENTS}
@@ -95,57 +110,78 @@ class TargetedCollapseMixin:
             self.collapse_weight,
             score_weight=self.collapse_score_weight,
             pool=self.collapse_pool,
+            prefix="collapse_",
         )
+
+    def collapse_latent(self, passes: Sequence[LayerPass], batch_size: int) -> Tensor:
+        """The latent ``(N, ...)`` of a step, from the calls of the layer.
+
+        Args:
+            passes: One per call, in their order.
+            batch_size: N.
+
+        Raises:
+            RuntimeError: Unless the layer was called once. Override this for hosts built on
+                ``BaseDeepLearningDetector`` whose layer is called more often.
+        """
+        del batch_size
+        return only_pass(passes)
 
     # --- hosts built on BaseDeepLearningDetector
 
     def training_forward(self, batch_data: Any) -> Any:
         """The host's step, with the term in its criterion."""
         host: Any = super()
-        collapse = self.collapse
-        if collapse.weight == 0:
+        if self.collapse.weight == 0:
             return host.training_forward(batch_data)
-        criterion: Any = getattr(self, "criterion")  # noqa: B009  the host has it
-        calls = 0
+        me: Any = self
+        criterion, calls = me.criterion, 0
+        uses = f"{type(self).__name__} uses its criterion {{}} in a step: the term has to join one loss"
 
         def with_term(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls > 1:
-                msg = f"{type(self).__name__} uses its criterion more than once in a step: which loss takes the term?"
-                raise RuntimeError(msg)
+                raise RuntimeError(uses.format("more than once"))
             return criterion(*args, **kwargs) + latent.loss()
 
-        with collapse.watch(self) as latent:
-            self.criterion = with_term
+        with self._watching(batch_data) as latent:
+            me.criterion = with_term
             try:
-                return host.training_forward(batch_data)
+                loss = host.training_forward(batch_data)
             finally:
-                self.criterion = criterion
+                me.criterion = criterion
+        if not calls:
+            raise RuntimeError(uses.format("never"))
+        return loss
 
     def evaluating_forward(self, batch_data: Any) -> Any:
         """The host's scores of a batch, with the term."""
         host: Any = super()
-        collapse = self.collapse
-        if collapse.score_weight == 0:
+        if self.collapse.score_weight == 0:
             return host.evaluating_forward(batch_data)
-        with collapse.watch(self) as latent:
+        with self._watching(batch_data) as latent:
             scores = host.evaluating_forward(batch_data)
-        return scores + latent.score().cpu().numpy()
+        return scores + latent.score().detach().cpu().numpy()
+
+    def _watching(self, batch_data: Any) -> AbstractContextManager[WatchedLatent]:
+        return self.collapse.watch(self, lambda passes: self.collapse_latent(passes, len(batch_data)))
 
     # --- hosts with a fit of their own
 
-    def fit(self, X: Any, y: Any = None) -> Any:  # noqa: N803
+    def fit(self, X: Any, y: Any = None, **kwargs: Any) -> Any:  # noqa: N803
         """The host's ``fit``, with the term."""
         host: Any = super()
         if not type(self).collapse_network or self.collapse.weight == 0:
-            return host.fit(X, y)
+            return host.fit(X, y, **kwargs)
         self._puller: _Puller = _Puller(self, self.collapse)
         try:
-            return host.fit(X, y)
+            fitted = host.fit(X, y, **kwargs)
+            self._puller.check_pulls()
         finally:
             self._puller.let_go()
             del self._puller
+        return fitted
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -156,16 +192,20 @@ class TargetedCollapseMixin:
     def decision_function(self, X: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N803
         """The host's scores, with the term."""
         host: Any = super()
-        collapse = self.collapse
-        if getattr(self, collapse.layer.split(".")[0], None) is None:
+        network, collapse = type(self).collapse_network, self.collapse
+        if collapse.score_weight == 0:
+            return host.decision_function(X, *args, **kwargs)
+        if "_puller" in self.__dict__:
+            self._puller.check_pulls()
+        if getattr(self, network or "feature_size", None) is None:
             msg = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' before using it"
             raise NotFittedError(msg)
-        if not type(self).collapse_network or collapse.score_weight == 0:
+        if not network:
             return host.decision_function(X, *args, **kwargs)
         with watch_layer(self, collapse.layer) as passes:
             scores = host.decision_function(X, *args, **kwargs)
         terms = torch.cat([collapse.score(only_pass([one])) for one in passes])
-        return scores + terms.reshape(len(scores)).cpu().numpy()
+        return scores + terms.detach().reshape(len(scores)).cpu().numpy()
 
 
 class _Puller:
@@ -175,10 +215,18 @@ class _Puller:
         self._owner = owner
         self._collapse = collapse
         self._handle: RemovableHandle | None = None
+        self._waiting = False
+        self._pulls = 0
 
     def take(self) -> None:
         self.let_go()
         self._handle = find_layer(self._owner, self._collapse.layer).register_forward_hook(self._pull)
+
+    def check_pulls(self) -> None:
+        if not self._pulls:
+            kind = type(self._owner)
+            msg = f"{kind.__name__} trained no network in {kind.collapse_network!r}, its collapse_network"
+            raise RuntimeError(msg)
 
     def let_go(self) -> None:
         if self._handle is not None:
@@ -186,9 +234,20 @@ class _Puller:
             self._handle = None
 
     def _pull(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        del layer, inputs
-        if torch.is_grad_enabled():
-            self._collapse.pull(output)
+        if not torch.is_grad_enabled():
+            return
+        latent = only_pass([LayerPass(layer, inputs, output)])
+        if self._waiting:
+            msg = f"layer {self._collapse.layer!r} was called twice before a backward pass: the term has to pull at one"
+            raise RuntimeError(msg)
+        self._collapse.pull(latent)
+        self._waiting = True
+        self._pulls += 1
+        latent.register_hook(self._passed)  # type: ignore[no-untyped-call]
+
+    def _passed(self, gradient: Tensor) -> None:
+        del gradient
+        self._waiting = False
 
 
 _ARGUMENTS = ("collapse_weight", "collapse_score_weight", "collapse_layer", "collapse_pool")
@@ -203,5 +262,6 @@ def _constructor(kind: type[TargetedCollapseMixin]) -> Any:
     keyword = inspect.Parameter.KEYWORD_ONLY
     ours = [inspect.Parameter(name, keyword, default=getattr(kind, name)) for name in _ARGUMENTS]
     constructor: Any = __init__
+    constructor.of_the_mixin = True
     constructor.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), *ours])
     return constructor
