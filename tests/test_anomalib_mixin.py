@@ -61,7 +61,13 @@ HOSTS = [
         latent=lambda call, n: call[-1].reshape(n, -1, 64),
     ),
     # Both teachers' maps of an image, which the host has one after the other in the batch.
-    Host("UniNet", {}, 32, latent=lambda call, n: torch.cat([call[-1][:n], call[-1][n:]], dim=1), copies=False),
+    Host(
+        "UniNet",
+        {"student_backbone": "resnet50", "teacher_backbone": "resnet50"},
+        32,
+        latent=lambda call, n: torch.cat([call[-1][:n], call[-1][n:]], dim=1),
+        copies=False,
+    ),
     Host("Dinomaly", {"encoder_name": "vit_small_patch14_reg4_dinov2"}, 28),
     Host(
         "InpFormer",
