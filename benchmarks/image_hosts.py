@@ -146,19 +146,20 @@ def run_image(
     digits = part.isdigit()
     host = HOSTS[name]
     side, usual = host.sizes[not digits], host.epochs[not digits]
-    default = getattr(collapsed, f"Collapsed{name}").collapse_weight
+    kind = getattr(collapsed, f"Collapsed{name}")
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
         folder = stack.enter_context(_textures())
         data = _data(part, seed, host.batch_size, mvtec)
         pl.seed_everything(seed, verbose=False)
-        model = _model(name, side, strength * default, weights if host.pretrained else None, folder)
+        model = _model(name, side, strength * kind.collapse_weight, weights if host.pretrained else None, folder)
         trainer = quiet_trainer(epochs or usual)
         start = time.perf_counter()
         trainer.fit(model, datamodule=data)
         seconds = time.perf_counter() - start
         data.setup("test")
-        factor = default * model.collapse_score_factor()
+        own = kind.collapse_score_weight
+        unit = kind.collapse_weight * model.collapse_score_factor() if own is None else own
         without, norms, labels = _scores(model, _batches(data, seed))
     return {
         "host": name,
@@ -167,7 +168,7 @@ def run_image(
         "strength": strength,
         "auroc": float(roc_auc_score(labels, without)),
         # Of the bare host too, so that what the score alone brings is known.
-        "auroc_with_term": float(roc_auc_score(labels, without + max(strength, 1.0) * factor * norms)),
+        "auroc_with_term": float(roc_auc_score(labels, without + max(strength, 1.0) * unit * norms)),
         "norm_normal": float(norms[labels == 0].mean()),
         "norm_anomalous": float(norms[labels == 1].mean()),
         "fit_seconds": seconds,

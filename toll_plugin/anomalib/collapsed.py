@@ -2,7 +2,8 @@
 
 Each says where its host's latent is and how much the term weighs; everything else is
 :class:`TargetedCollapseMixin` and the host, whose arguments they take. The weights make the term
-about a tenth of the host's loss at the first step, to one digit; no label was used to choose them.
+about a tenth of the host's loss at the first step, to one digit; GANomaly's in the score makes it
+a tenth of the score of its training images. No label was used to choose them.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class CollapsedGanomaly(TargetedCollapseMixin, Ganomaly):
 
     collapse_layer = "model.generator.encoder1"
     collapse_weight = 1.0
+    collapse_score_weight = 0.001  # the score, a mean square of the latents' difference, is as small
     collapse_backward = 0
 
 
