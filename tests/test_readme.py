@@ -26,6 +26,10 @@ SMALL = {
         " --categories [part] --names [small] --classes [8] --hosts [Ganomaly,AutoEncoder] --strengths [1]"
         " --seeds 1 --epochs 1 --jobs 1"
     ),
+    (
+        "python -m benchmarks mixin --mvtec MVTecAD --hosts '[\"Ganomaly\"]'"
+        " --output benchmarks/results/mixin_ganomaly.json"
+    ): (" --categories [part] --classes [8] --strengths [1] --seeds 1 --epochs 1 --jobs 1"),
     "python -m benchmarks speed --roots '[\"ODDS\"]'": (
         " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 30000"
     ),
