@@ -1,8 +1,8 @@
 """anomalib's models with targeted collapse, ready to be named in a config.
 
 Each says where its host's latent is and how much the term weighs; everything else is
-:class:`TargetedCollapseMixin` and the host, whose arguments they take. The weights make the term
-about a tenth of the host's loss at the first step, to one digit; GANomaly's in the score makes it
+:class:`TargetedCollapseMixin` and the host, whose arguments they take as keywords. The weights make
+the term about a tenth of the host's loss at the first step, to one digit; GANomaly's in the score makes it
 a tenth of the score of its training images. No label was used to choose them.
 """
 

@@ -1,7 +1,7 @@
 """PyOD's deep detectors with targeted collapse, ready to use.
 
-Each says where its host's latent is and how much the term weighs; everything else is
-:class:`TargetedCollapseMixin` and the host, whose arguments they take.
+Each says where its host's latent is; everything else is :class:`TargetedCollapseMixin` and the
+host, whose arguments they take. The term weighs 0.1, as ``beta`` does in :class:`TollDetector`.
 """
 
 from __future__ import annotations
