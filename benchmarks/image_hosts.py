@@ -158,8 +158,7 @@ def run_image(
         trainer.fit(model, datamodule=data)
         seconds = time.perf_counter() - start
         data.setup("test")
-        own = kind.collapse_score_weight
-        unit = kind.collapse_weight * model.collapse_score_factor() if own is None else own
+        unit = kind.collapse_weight * model.collapse_score_factor()
         without, norms, labels = _scores(model, _batches(data, seed))
     return {
         "host": name,

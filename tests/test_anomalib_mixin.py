@@ -14,9 +14,10 @@ import torchvision
 import yaml
 from anomalib import LearningType
 from anomalib import models as anomalib_models
-from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch, MVTecAD
 from anomalib.models import AnomalibModule, get_model
 from contracts import run_cli
+from lightning.pytorch import Trainer
 from mixin_contract import Host, MixinContract, hooks_of, norms_by_loops, seed
 from torch import nn
 
@@ -98,6 +99,34 @@ class TestEveryHost(MixinContract):
 
 def test_every_ready_class_is_in_the_contract():
     assert sorted(collapsed.__all__) == sorted(f"Collapsed{host.name}" for host in HOSTS)
+
+
+@pytest.mark.parametrize("name", sorted(collapsed.__all__))
+def test_weight_0_switches_the_score_off_too(name):
+    kind = getattr(collapsed, name)
+    assert kind.collapse_score_weight is None
+    assert kind.collapse_weight > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_trains_a_compiled_module(mvtec_root):
+    seed()
+    model = CollapsedGanomaly(
+        **GANOMALY, pre_processor=CollapsedGanomaly.configure_pre_processor((32, 32)), visualizer=False, evaluator=False
+    )
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    data = MVTecAD(root=mvtec_root, category="part", train_batch_size=4, eval_batch_size=4, num_workers=0)
+    trainer.fit(torch.compile(model, backend="eager"), datamodule=data)
+    assert trainer.callback_metrics["train_collapse"] > 0
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -372,6 +401,21 @@ def test_a_step_that_is_skipped_stays_skipped():
 
     kind = type("Mine", (TargetedCollapseMixin, Skipping), {"collapse_layer": "model.network.encoder"})
     assert kind(pre_processor=False).train().training_step(ImageBatch(image=torch.rand(2, 3, 16, 16)), 0) is None
+
+
+def test_steps_that_take_the_batch_only_are_called_with_it_only():
+    class Bare(PlainAutoencoder):
+        def training_step(self, batch: ImageBatch) -> torch.Tensor:
+            return super().training_step(batch)
+
+        def validation_step(self, batch: ImageBatch) -> ImageBatch:
+            return super().validation_step(batch)
+
+    kind = type("Mine", (TargetedCollapseMixin, Bare), {"collapse_layer": "model.network.encoder"})
+    model = kind(pre_processor=False)
+    model.log = lambda *_, **__: None
+    assert model.train().training_step(ImageBatch(image=torch.rand(2, 3, 16, 16)), 0) > 0
+    assert model.eval().validation_step(ImageBatch(image=torch.rand(2, 3, 16, 16)), 0).pred_score.shape == (2,)
 
 
 def test_steps_that_call_each_other_add_the_term_once():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -102,6 +104,11 @@ def test_loss_without_a_normal_sample_is_zero_and_pulls_nothing(pool):
     loss.backward()
     assert loss.item() == 0
     assert not latent.grad.any()
+
+
+@pytest.mark.parametrize("pool", ["flatten", "mean", "max"])
+def test_loss_of_an_empty_batch_is_zero(pool):
+    assert TargetedCollapse("z", 0.5, pool=pool).loss(torch.rand(0, 3, 2, 2)).item() == 0
 
 
 def test_loss_refuses_a_mask_of_another_length():
@@ -327,3 +334,31 @@ def test_blocks_that_overlap_leave_compiled_code_compiled():
     assert eval_frame._stance.stance == "force_eager"
     two.__exit__(None, None, None)
     assert eval_frame._stance.stance == before == "default"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_forgets_the_blocks_of_other_threads():
+    from torch._dynamo import eval_frame
+
+    inside, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with TargetedCollapse("encoder").watch(Plain()):
+            inside.set()
+            done.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        with TargetedCollapse("encoder").watch(Plain()):
+            held = eval_frame._stance.stance == "force_eager"
+        os._exit(0 if held and eval_frame._stance.stance == "default" else 1)
+    _, status = os.waitpid(child, 0)
+    assert eval_frame._stance.stance == "force_eager"
+    done.set()
+    other.join()
+    assert status == 0
+    assert eval_frame._stance.stance == "default"

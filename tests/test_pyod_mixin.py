@@ -357,3 +357,11 @@ def test_a_wrong_layer_is_not_taken_for_a_missing_fit():
         ValueError, match=r"there is no module 'net.encoder': Mine has no 'net', it has criterion, model"
     ):
         detector.fit(X)
+
+
+def test_a_layer_that_does_not_see_the_rows_is_an_error():
+    detector = CollapsedAE1SVM(epochs=1).fit(X)
+    detector.model.unused = nn.Identity()
+    detector.set_params(collapse_layer="model.unused")
+    with pytest.raises(RuntimeError, match=r"called layer 'model.unused' for 0 rows while it scored 34"):
+        detector.decision_function(NEW)

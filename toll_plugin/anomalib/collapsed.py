@@ -48,8 +48,11 @@ class CollapsedGanomaly(TargetedCollapseMixin, Ganomaly):
 
     collapse_layer = "model.generator.encoder1"
     collapse_weight = 1.0
-    collapse_score_weight = 0.001  # the score, a mean square of the latents' difference, is as small
     collapse_backward = 0
+
+    def collapse_score_factor(self) -> float:
+        """Its score, the mean square of two latents' difference, is that much smaller than its loss."""
+        return 0.001
 
 
 class CollapsedReverseDistillation(TargetedCollapseMixin, ReverseDistillation):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toll_plugin.anomalib.lightning_model import Toll
 from toll_plugin.core.checks import check_integer
 from toll_plugin.core.penalty import LayerPass, Pool, TargetedCollapse, only_pass, watch_layer
-from toll_plugin.core.threads import this_thread
+from toll_plugin.core.threads import is_this_thread, this_thread
 
 __all__ = ["TargetedCollapseMixin"]
 
@@ -155,8 +155,7 @@ class TargetedCollapseMixin:
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Any:
         """The host's step, with the term in its loss."""
         host: Any = super()
-        if not is_param_in_hook_signature(host.training_step, "batch_idx", min_args=2):
-            args = ()
+        args = _indices(host.training_step, args)
         if self.collapse.weight == 0:
             return host.training_step(batch, *args, **kwargs)
         with self._term_of(batch) as term:
@@ -214,14 +213,14 @@ class TargetedCollapseMixin:
         host: Any = self
         collapse, thread = self.collapse, this_thread()
         # A host's step may call another one, or forward: the term is added once.
-        if collapse.score_weight == 0 or host.training or (id(self), thread) in _SCORING:
+        if collapse.score_weight == 0 or host.training or self._is_scoring():
             yield
             return
         added = 0
 
         def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             nonlocal added
-            if this_thread() != thread or not isinstance(output, InferenceBatch):
+            if not is_this_thread(thread) or not isinstance(output, InferenceBatch):
                 return output
             scores: Any = output.pred_score
             if scores is None:  # as the post-processor would make them
@@ -233,11 +232,11 @@ class TargetedCollapseMixin:
 
         with watch_layer(self, collapse.layer) as passes:
             handle = host.model.register_forward_hook(add)
-            _SCORING.add((id(self), thread))
+            _SCORING.append((id(self), thread))
             try:
                 yield
             finally:
-                _SCORING.discard((id(self), thread))
+                _SCORING.remove((id(self), thread))
                 handle.remove()
         if not added:
             msg = (
@@ -246,33 +245,36 @@ class TargetedCollapseMixin:
             )
             raise RuntimeError(msg)
 
+    def _is_scoring(self) -> bool:
+        return any(model == id(self) and is_this_thread(thread) for model, thread in tuple(_SCORING))
+
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Predictions, as the exports make them."""
         host: Any = super()
         with self._in_scores():
             return host.forward(batch, *args, **kwargs)
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Any:
         """The host's step, with the term in its scores."""
         host: Any = super()
         with self._in_scores():
-            return host.validation_step(*args, **kwargs)
+            return host.validation_step(batch, *_indices(host.validation_step, args), **kwargs)
 
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Any:
         """The host's step, with the term in its scores."""
         host: Any = super()
         with self._in_scores():
-            return host.test_step(*args, **kwargs)
+            return host.test_step(batch, *_indices(host.test_step, args), **kwargs)
 
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Any:
         """The host's step, with the term in its scores."""
         host: Any = super()
         with self._in_scores():
-            return host.predict_step(*args, **kwargs)
+            return host.predict_step(batch, *_indices(host.predict_step, args), **kwargs)
 
 
 #: Models that are being scored, and the threads that do it.
-_SCORING: set[tuple[int, int]] = set()
+_SCORING: list[tuple[int, int]] = []
 
 _ARGUMENTS = ("collapse_weight", "collapse_score_weight", "collapse_layer", "collapse_pool")
 
@@ -299,6 +301,11 @@ def _check_backward(kind: type[TargetedCollapseMixin], *, manual: bool) -> None:
         raise TypeError(msg)
     if manual:
         check_integer("collapse_backward", kind.collapse_backward, minimum=0)
+
+
+def _indices(step: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What Lightning passes behind the batch, where the host's own step takes it."""
+    return args if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
 
 
 def _add(result: Any, term: Callable[[], Tensor]) -> Any:

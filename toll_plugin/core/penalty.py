@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from toll_plugin.core.checks import check_finite_float, check_option
 from toll_plugin.core.objective import norm_per_sample
-from toll_plugin.core.threads import Overlapping, this_thread
+from toll_plugin.core.threads import Overlapping, is_this_thread, this_thread
 
 __all__ = [
     "LayerPass",
@@ -93,7 +93,7 @@ def watch_layer(owner: object, path: str) -> Iterator[list[LayerPass]]:
     thread = this_thread()
 
     def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if this_thread() == thread:  # others may use the same network
+        if is_this_thread(thread):  # others may use the same network
             # A copy, because a layer that follows may work in place.
             passes.append(LayerPass(layer, inputs, output.clone() if isinstance(output, Tensor) else output))
 
@@ -300,7 +300,8 @@ class TargetedCollapse:
             ValueError: If ``normal`` does not have one entry per sample.
         """
         if normal is None:
-            return self.weight * self.norms(latent).mean()
+            norms = self.norms(latent)
+            return self.weight * (norms.mean() if len(norms) else norms.sum())
         if normal.shape != latent.shape[:1]:
             msg = f"normal must have shape {tuple(latent.shape[:1])}, one entry per sample, got {tuple(normal.shape)}"
             raise ValueError(msg)

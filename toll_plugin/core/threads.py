@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from threadpoolctl import threadpool_limits
 
-__all__ = ["Overlapping", "fork_safe", "one_thread", "this_thread"]
+__all__ = ["Overlapping", "fork_safe", "is_this_thread", "one_thread", "this_thread"]
 
 _PROCESS = os.getpid()
 
@@ -27,22 +27,32 @@ class Overlapping:
     def __init__(self, setting: Callable[[], AbstractContextManager[object]]) -> None:
         self._setting = setting
         self._lock = threading.Lock()
-        self._entered = 0
+        self._threads: list[int] = []
         self._stack = ExitStack()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        """Forget the other threads, which were not forked, and what they had locked."""
+        self._lock = threading.Lock()
+        self._threads = [thread for thread in self._threads if thread == this_thread()]
+        if not self._threads:
+            self._stack.close()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """The setting, for a block."""
+        thread = this_thread()
         with self._lock:
-            if not self._entered:
+            if not self._threads:
                 self._stack.enter_context(self._setting())
-            self._entered += 1
+            self._threads.append(thread)
         try:
             yield
         finally:
             with self._lock:
-                self._entered -= 1
-                if not self._entered:
+                self._threads.remove(thread)
+                if not self._threads:
                     self._stack.close()
 
 
@@ -69,3 +79,9 @@ def fork_safe() -> AbstractContextManager[object]:
 def this_thread() -> int:
     """A number that no other running thread has; 0 in code that is being compiled, which cannot ask."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def is_this_thread(thread: int) -> bool:
+    """Whether ``thread`` is what :func:`this_thread` gave here, or compiled code is in the way of knowing."""
+    here = this_thread()
+    return here == thread or not here or not thread

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pyod.models.base_dl import BaseDeepLearningDetector
 from sklearn.exceptions import NotFittedError
@@ -204,8 +205,15 @@ class TargetedCollapseMixin:
             return host.decision_function(X, *args, **kwargs)
         with watch_layer(self, collapse.layer) as passes:
             scores = host.decision_function(X, *args, **kwargs)
-        terms = torch.cat([collapse.score(only_pass([one])) for one in passes])
-        return scores + terms.detach().reshape(len(scores)).cpu().numpy()
+        terms = [collapse.score(only_pass([one])).detach().cpu().numpy() for one in passes]
+        rows = sum(map(len, terms))
+        if rows != len(scores):
+            msg = (
+                f"{type(self).__name__} called layer {collapse.layer!r} for {rows} rows while it scored {len(scores)}: "
+                "name another collapse_layer, or set collapse_score_weight to 0"
+            )
+            raise RuntimeError(msg)
+        return scores + np.concatenate(terms)
 
 
 class _Puller:
