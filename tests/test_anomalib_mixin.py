@@ -140,7 +140,7 @@ def test_onnx_exports_have_the_term(name, batch_size, tmp_path):
     model = kind(
         pre_processor=kind.configure_pre_processor((host.size, host.size)),
         visualizer=False,
-        collapse_weight=3.0,
+        collapse_score_weight=3.0,
         **host.arguments,
     ).eval()
     images = torch.rand(batch_size, 3, host.size, host.size)
