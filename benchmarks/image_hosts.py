@@ -133,11 +133,15 @@ def run_image(
     mvtec: Path | None,
     weights: Path | None,
     epochs: int | None,
-) -> dict[str, Any]:
-    """AUROC of a host, trained with ``strength`` times its default weight, without and with the term in its score."""
+) -> tuple[Any, Any, Any, float, float]:
+    """A host trained with ``strength`` times its default weight.
+
+    Returns:
+        Its scores of the test images without the term, norms of their latents, their labels, the
+        default weight of the score, and the seconds of the fit.
+    """
     import lightning.pytorch as pl
     import torch
-    from sklearn.metrics import roc_auc_score
 
     import toll_plugin.anomalib as collapsed
 
@@ -158,20 +162,7 @@ def run_image(
         trainer.fit(model, datamodule=data)
         seconds = time.perf_counter() - start
         data.setup("test")
-        unit = kind.collapse_weight * model.collapse_score_factor()
-        without, norms, labels = _scores(model, _batches(data, seed))
-    return {
-        "host": name,
-        "data": part,
-        "seed": seed,
-        "strength": strength,
-        "auroc": float(roc_auc_score(labels, without)),
-        # Of the bare host too, so that what the score alone brings is known.
-        "auroc_with_term": float(roc_auc_score(labels, without + max(strength, 1.0) * unit * norms)),
-        "norm_normal": float(norms[labels == 0].mean()),
-        "norm_anomalous": float(norms[labels == 1].mean()),
-        "fit_seconds": seconds,
-    }
+        return *_scores(model, _batches(data, seed)), kind.collapse_weight * model.collapse_score_factor(), seconds
 
 
 @contextlib.contextmanager

@@ -33,10 +33,12 @@ DETECTORS = {
 }
 
 
-def _run_table(name: str, table: str, seed: int, strength: float, roots: list[Path], max_rows: int) -> dict[str, Any]:
+def _run_table(
+    name: str, table: str, seed: int, strength: float, roots: list[Path], max_rows: int
+) -> tuple[Any, Any, Any, float, float]:
+    """As :func:`run_image`, for a detector of PyOD."""
     import numpy as np
     import torch
-    from sklearn.metrics import roc_auc_score
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
@@ -65,23 +67,27 @@ def _run_table(name: str, table: str, seed: int, strength: float, roots: list[Pa
             return detector.set_params(collapse_score_weight=weight).decision_function(test)
 
         without, unit = scores(0.0), scores(default)
-    norms = (unit - without) / default
+    return without, (unit - without) / default, labels, default, seconds
+
+
+def _run(kind: str, host: str, data: str, seed: int, strength: float, *arguments: Any) -> dict[str, Any]:
+    from sklearn.metrics import roc_auc_score
+
+    run = run_image if kind == "image" else _run_table
+    without, norms, labels, weight, seconds = run(host, data, seed, strength, *arguments)
     return {
-        "host": name,
-        "data": table,
+        "kind": kind,
+        "host": host,
+        "data": data,
         "seed": seed,
         "strength": strength,
         "auroc": float(roc_auc_score(labels, without)),
-        "auroc_with_term": float(roc_auc_score(labels, without + max(strength, 1.0) * default * norms)),
+        # Of the bare host too, so that what the score alone brings is known.
+        "auroc_with_term": float(roc_auc_score(labels, without + max(strength, 1.0) * weight * norms)),
         "norm_normal": float(norms[labels == 0].mean()),
         "norm_anomalous": float(norms[labels == 1].mean()),
         "fit_seconds": seconds,
     }
-
-
-def _run(kind: str, *arguments: Any) -> dict[str, Any]:
-    result = run_image(*arguments) if kind == "image" else _run_table(*arguments)
-    return {"kind": kind, **result}
 
 
 def _tested(gaps: list[float]) -> str:

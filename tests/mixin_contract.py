@@ -15,6 +15,7 @@ import torch
 from anomalib import models as anomalib_models
 from anomalib.data import ImageBatch, MVTecAD
 from anomalib.models import AnomalibModule
+from collapse_checks import hooks_of, norms_by_loops
 from lightning.pytorch import Trainer
 from torch import nn
 
@@ -40,6 +41,10 @@ class Host(NamedTuple):
     copies: bool = True
     batch_size: int = 4
 
+    def pre_processor(self, kind: type[AnomalibModule]) -> nn.Module:
+        crops = {"crop_size": self.size} if self.name in {"Dinomaly", "InpFormer"} else {}
+        return kind.configure_pre_processor((self.size, self.size), **crops)
+
 
 def seed() -> None:
     random.seed(1)
@@ -47,17 +52,16 @@ def seed() -> None:
     torch.manual_seed(1)
 
 
-def norms_by_loops(latent: torch.Tensor) -> list[float]:
-    """Mean over positions of the norm over channels, the mixin's default, one number at a time."""
-    found = []
-    for sample in latent.detach().double().numpy():
-        positions = [sample] if sample.ndim == 1 else sample if sample.ndim == 2 else sample.reshape(len(sample), -1).T
-        found.append(float(np.mean([np.sqrt(np.sum(position**2)) for position in positions])))
-    return found
-
-
-def hooks_of(network: nn.Module) -> int:
-    return sum(len(module._forward_hooks) for module in network.modules())
+def quiet_trainer(**arguments: Any) -> Trainer:
+    """Lightning's, on the CPU, that shows and keeps nothing."""
+    quiet = {
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    return Trainer(**(quiet | arguments))
 
 
 class MixinContract:
@@ -73,10 +77,9 @@ class MixinContract:
     def build(self, host, arguments):
         def build(bare: bool = False, **changes: Any) -> AnomalibModule:
             kind = getattr(anomalib_models, host.name if bare else f"Collapsed{host.name}")
-            crops = {"crop_size": host.size} if host.name in {"Dinomaly", "InpFormer"} else {}
             seed()
             return kind(
-                pre_processor=kind.configure_pre_processor((host.size, host.size), **crops),
+                pre_processor=host.pre_processor(kind),
                 visualizer=False,
                 evaluator=False,
                 **(arguments | changes),
@@ -109,17 +112,8 @@ class MixinContract:
         def fit(**changes: Any) -> tuple[AnomalibModule, Trainer]:
             model = build(**changes)
             seed()
-            trainer = Trainer(
-                max_epochs=2,  # some hosts warm up their learning rate from zero, by epoch
-                limit_train_batches=1,
-                limit_val_batches=0,
-                num_sanity_val_steps=0,
-                accelerator="cpu",
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                enable_checkpointing=False,
-                logger=False,
-            )
+            # Two epochs, because some hosts warm up their learning rate from zero, by epoch.
+            trainer = quiet_trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=0, num_sanity_val_steps=0)
             trainer.fit(model, datamodule=data())
             return model.eval(), trainer
 
@@ -225,9 +219,7 @@ class MixinContract:
         model, trainer = trained
         path = tmp_path / "model.ckpt"
         trainer.save_checkpoint(path, weights_only=True)
-        crops = {"crop_size": host.size} if host.name in {"Dinomaly", "InpFormer"} else {}
-        pre_processor = type(model).configure_pre_processor((host.size, host.size), **crops)
-        again = type(model).load_from_checkpoint(path, pre_processor=pre_processor).eval()
+        again = type(model).load_from_checkpoint(path, pre_processor=host.pre_processor(type(model))).eval()
         assert repr(again.collapse) == repr(model.collapse)
         assert torch.equal(self.scores(again, images), self.scores(model, images))
 

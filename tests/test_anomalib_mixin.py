@@ -16,9 +16,9 @@ from anomalib import LearningType
 from anomalib import models as anomalib_models
 from anomalib.data import ImageBatch, InferenceBatch, MVTecAD
 from anomalib.models import AnomalibModule, get_model
+from collapse_checks import hooks_of, norms_by_loops
 from contracts import run_cli
-from lightning.pytorch import Trainer
-from mixin_contract import Host, MixinContract, hooks_of, norms_by_loops, seed
+from mixin_contract import Host, MixinContract, quiet_trainer, seed
 from torch import nn
 
 from toll_plugin.anomalib import (
@@ -114,16 +114,7 @@ def test_lightning_trains_a_compiled_module(mvtec_root):
     model = CollapsedGanomaly(
         **GANOMALY, pre_processor=CollapsedGanomaly.configure_pre_processor((32, 32)), visualizer=False, evaluator=False
     )
-    trainer = Trainer(
-        max_epochs=1,
-        limit_train_batches=2,
-        limit_val_batches=1,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
-    )
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1)
     data = MVTecAD(root=mvtec_root, category="part", train_batch_size=4, eval_batch_size=4, num_workers=0)
     trainer.fit(torch.compile(model, backend="eager"), datamodule=data)
     assert trainer.callback_metrics["train_collapse"] > 0

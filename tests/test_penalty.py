@@ -9,15 +9,15 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
+from collapse_checks import hooks_of, norms_by_loops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from toll_plugin.core import TargetedCollapse, TollLoss, latent_norm
-from toll_plugin.core.penalty import LayerPass, find_layer, only_pass, watch_layer
+from toll_plugin.core.watching import LayerPass, find_layer, only_pass, watch_layer
 
 
 class Plain(nn.Module):
@@ -33,31 +33,14 @@ class Plain(nn.Module):
         return self.decoder[1](self.decoder[0](z))
 
 
-def hooks_of(network: nn.Module) -> int:
-    return sum(len(module._forward_hooks) for module in network.modules())
-
-
 # --- the norm
-
-
-def norms_by_loops(latent: np.ndarray, pool: str) -> list[float]:
-    """Positions are the last axis but one of tokens, and all axes but the first two of maps."""
-    found = []
-    for sample in latent:
-        if pool == "flatten" or sample.ndim == 1:
-            found.append(math.sqrt(sum(float(v) ** 2 for v in sample.ravel())))
-            continue
-        rows = sample if sample.ndim == 2 else sample.reshape(len(sample), -1).T
-        each = [math.sqrt(sum(float(v) ** 2 for v in row)) for row in rows]
-        found.append(sum(each) / len(each) if pool == "mean" else max(each))
-    return found
 
 
 @pytest.mark.parametrize("pool", ["flatten", "mean", "max"])
 @pytest.mark.parametrize("shape", [(3, 5), (3, 4, 5), (3, 5, 2, 4), (2, 3, 2, 2, 2), (1, 1, 1, 1)])
 def test_norm_equals_loops(shape, pool):
     latent = torch.randn(shape, dtype=torch.float64)
-    expected = norms_by_loops(latent.numpy(), pool)
+    expected = norms_by_loops(latent, pool)
     torch.testing.assert_close(latent_norm(latent, pool=pool), torch.tensor(expected, dtype=torch.float64))
     squared = latent_norm(latent, pool="flatten", exponent=2)
     torch.testing.assert_close(squared, latent.flatten(1).square().sum(1))

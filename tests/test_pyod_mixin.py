@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from collapse_checks import hooks_of
 from pyod.models.ae1svm import AE1SVM
 from pyod.models.alad import ALAD
 from pyod.models.auto_encoder import AutoEncoder
@@ -22,7 +23,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from toll_plugin.core.penalty import find_layer
+from toll_plugin.core.watching import find_layer
 from toll_plugin.pyod import (
     CollapsedAE1SVM,
     CollapsedAutoEncoder,
@@ -58,9 +59,8 @@ def scores(detector: Any, x: np.ndarray = NEW) -> np.ndarray:
     return detector.decision_function(x)
 
 
-def hooks_of(detector: Any) -> int:
-    networks = [value for value in vars(detector).values() if isinstance(value, nn.Module)]
-    return sum(len(module._forward_hooks) for network in networks for module in network.modules())
+def hooks_left(detector: Any) -> int:
+    return sum(hooks_of(value) for value in vars(detector).values() if isinstance(value, nn.Module))
 
 
 @pytest.mark.parametrize(("kind", "host", "arguments"), HOSTS)
@@ -126,7 +126,7 @@ class TestEveryHost:
         for other in others:
             np.testing.assert_array_equal(scores(other), scores(detector))
             assert other.collapse_weight == 0.5
-        assert hooks_of(detector) == 0
+        assert hooks_left(detector) == 0
         np.testing.assert_array_equal(self.fit(kind, arguments, collapse_weight=0.5).labels_, detector.labels_)
 
     def test_predictions_follow_the_scores(self, kind, host, arguments):  # noqa: ARG002
@@ -143,7 +143,7 @@ class TestEveryHost:
         broken[3, 2] = np.nan
         with pytest.raises(ValueError, match="NaN"):
             detector.fit(broken)
-        assert hooks_of(detector) == 0
+        assert hooks_left(detector) == 0
         assert getattr(detector, "criterion", None) is criterion
         assert not [name for name in vars(detector) if name.startswith("_puller")]
 
@@ -334,7 +334,7 @@ def test_a_network_that_cannot_be_pulled_at_is_an_error(frozen, message):
     detector = type("Mine", (TargetedCollapseMixin, Restless), attributes)(epochs=1)
     with pytest.raises(RuntimeError, match=message):
         detector.fit(X)
-    assert hooks_of(detector) == 0
+    assert hooks_left(detector) == 0
 
 
 @pytest.mark.parametrize("kind", [CollapsedAutoEncoder, CollapsedDeepSVDD])
@@ -346,7 +346,7 @@ def test_threads_score_with_one_detector(kind):
         found = list(pool.map(lambda _: detector.decision_function(NEW), range(24)))
     for scores_ in found:
         np.testing.assert_array_equal(scores_, expected)
-    assert hooks_of(detector) == 0
+    assert hooks_left(detector) == 0
 
 
 def test_a_wrong_layer_is_not_taken_for_a_missing_fit():

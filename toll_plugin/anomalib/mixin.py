@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from toll_plugin.anomalib.lightning_model import Toll
 from toll_plugin.core.checks import check_integer
-from toll_plugin.core.penalty import LayerPass, Pool, TargetedCollapse, only_pass, watch_layer
+from toll_plugin.core.penalty import COLLAPSE_ARGUMENTS, Collapsing, Pool
 from toll_plugin.core.threads import is_this_thread, this_thread
+from toll_plugin.core.watching import LayerPass, watch_layer
 
 __all__ = ["TargetedCollapseMixin"]
 
 _FLOWS = (Cflow, Csflow, Fastflow, Patchflow, Uflow)
 
 
-class TargetedCollapseMixin:
+class TargetedCollapseMixin(Collapsing):
     r"""Adds :math:`w\|z_i\|` to the loss and the score of an anomalib model.
 
     Name it first among the bases and say where the latent is::
@@ -72,9 +73,7 @@ class TargetedCollapseMixin:
         TargetedCollapse('model.generator.encoder1', 0.05, score_weight=0.05, pool='mean', exponent=1)
     """
 
-    collapse_layer: str = ""
     collapse_weight: float = 0.01
-    collapse_score_weight: float | None = None
     collapse_pool: Pool = "mean"
     collapse_backward: ClassVar[int | None] = None
     collapse_synthetic: ClassVar[str] = ""
@@ -89,15 +88,11 @@ class TargetedCollapseMixin:
         **kwargs: Any,
     ) -> None:
         _refuse(type(self))
-        chosen: dict[str, Any] = {
-            "collapse_weight": collapse_weight,
-            "collapse_score_weight": collapse_score_weight,
-            "collapse_layer": collapse_layer,
-            "collapse_pool": collapse_pool,
-        }
+        given = (collapse_weight, collapse_score_weight, collapse_layer, collapse_pool)
+        chosen: dict[str, Any] = dict(zip(COLLAPSE_ARGUMENTS, given, strict=True))
         for name, value in chosen.items():
             chosen[name] = getattr(type(self), name) if value is None else value
-        _term(chosen)  # checks them before the host is built
+        _check(chosen)
         super().__init__(**kwargs)
         host: Any = self
         for name, value in chosen.items():
@@ -108,33 +103,7 @@ class TargetedCollapseMixin:
         _check_backward(type(self), manual=not host.automatic_optimization)
         self.collapse.find(self)
 
-    @property
-    def collapse(self) -> TargetedCollapse:
-        """The term, by today's ``collapse_weight`` and the like."""
-        term = _term({name: getattr(self, name) for name in _ARGUMENTS})
-        if self.collapse_score_weight is None:
-            term.score_weight *= self.collapse_score_factor()
-        return term
-
     # --- what a host with a latent of its own kind overrides
-
-    def collapse_latent(self, passes: Sequence[LayerPass], batch_size: int) -> Tensor:
-        """The latent ``(N, ...)`` of a step, from the calls of the layer.
-
-        Args:
-            passes: One per call, in their order.
-            batch_size: N.
-
-        Raises:
-            RuntimeError: Unless the layer was called once. Override this for hosts whose layer is
-                called more often.
-        """
-        del batch_size
-        return only_pass(passes)
-
-    def collapse_score_factor(self) -> float:
-        """What the host's score takes for one unit of its loss; for hosts that average one and sum the other."""
-        return 1.0
 
     def collapse_normal(self, batch: Batch, synthetic: Sequence[LayerPass]) -> Tensor | None:
         """Which images of a training batch the term counts, booleans ``(N,)``; ``None`` for all.
@@ -276,17 +245,12 @@ class TargetedCollapseMixin:
 #: Models that are being scored, and the threads that do it.
 _SCORING: list[tuple[int, int]] = []
 
-_ARGUMENTS = ("collapse_weight", "collapse_score_weight", "collapse_layer", "collapse_pool")
 
-
-def _term(arguments: dict[str, Any]) -> TargetedCollapse:
-    return TargetedCollapse(
-        arguments["collapse_layer"],
-        arguments["collapse_weight"],
-        score_weight=arguments["collapse_score_weight"],
-        pool=arguments["collapse_pool"],
-        prefix="collapse_",
-    )
+def _check(chosen: dict[str, Any]) -> None:
+    """Refuse wrong arguments before the host is built, which may download."""
+    arguments = Collapsing()
+    vars(arguments).update(chosen)
+    _ = arguments.collapse
 
 
 def _check_backward(kind: type[TargetedCollapseMixin], *, manual: bool) -> None:

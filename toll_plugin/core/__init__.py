@@ -5,12 +5,13 @@ from toll_plugin.core.divergence import DivergenceError
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, DenseAutoencoder
 from toll_plugin.core.objective import TollLoss, TollTerms, toll_score, toll_slopes, toll_terms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
-from toll_plugin.core.penalty import LayerPass, TargetedCollapse, latent_norm
+from toll_plugin.core.penalty import TargetedCollapse, latent_norm
 from toll_plugin.core.scaling import ImageScaling, contrast_normalise, contrast_range
 from toll_plugin.core.table import ResidualMetric, TableModel
 from toll_plugin.core.table_scaling import TableScaling
 from toll_plugin.core.table_training import fit_table
 from toll_plugin.core.training import History, fit, fit_ensemble, terms_of
+from toll_plugin.core.watching import LayerPass
 
 __all__ = [
     "Autoencoder",

@@ -6,10 +6,9 @@ mean, and to their score, per sample.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple, get_args
+from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,132 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from toll_plugin.core.checks import check_finite_float, check_option
 from toll_plugin.core.objective import norm_per_sample
-from toll_plugin.core.threads import Overlapping, is_this_thread, this_thread
+from toll_plugin.core.watching import LayerPass, find_layer, only_pass, watch_layer
 
-__all__ = [
-    "LayerPass",
-    "Pool",
-    "TargetedCollapse",
-    "WatchedLatent",
-    "find_layer",
-    "latent_norm",
-    "only_pass",
-    "watch_layer",
-]
+__all__ = ["COLLAPSE_ARGUMENTS", "Collapsing", "Pool", "TargetedCollapse", "WatchedLatent", "latent_norm"]
 
 Pool = Literal["flatten", "mean", "max"]
-
-
-class LayerPass(NamedTuple):
-    """One call of the watched layer.
-
-    Attributes:
-        layer: The module that was called.
-        inputs: Its positional arguments.
-        output: What it returned.
-    """
-
-    layer: nn.Module
-    inputs: tuple[Any, ...]
-    output: Any
-
-
-def find_layer(owner: object, path: str) -> nn.Module:
-    """The module at a dotted path below ``owner``, such as ``"model.encoder"`` or ``"encoder.2"``.
-
-    Args:
-        owner: A module, or any object with modules as attributes.
-        path: Names of attributes, and positions in containers, joined by dots.
-
-    Raises:
-        ValueError: If there is no module at the path; names the ones that are there.
-
-    Example:
-        >>> from torch import nn
-        >>> find_layer(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "1")
-        ReLU()
-    """
-    layer: Any = owner
-    walked: list[str] = []
-    for name in path.split("."):
-        below = getattr(layer, name, None)
-        if isinstance(below, nn.Module):
-            layer = below
-            walked.append(name)
-            continue
-        place, there = ".".join(walked) or type(owner).__name__, ", ".join(_modules_below(layer)) or "no modules"
-        msg = f"there is no module {path!r}: {place} has no {name!r}, it has {there}"
-        raise ValueError(msg)
-    is_list = isinstance(layer, nn.ModuleList | nn.ModuleDict)
-    if is_list:
-        members = ", ".join(f"{path}.{name}" for name in _modules_below(layer))
-        msg = f"{path!r} is a {type(layer).__name__}, which is never called itself; name one of its members: {members}"
-        raise ValueError(msg)
-    found: nn.Module = layer
-    return found
-
-
-@contextmanager
-def watch_layer(owner: object, path: str) -> Iterator[list[LayerPass]]:
-    """The calls of the layer at ``path`` below ``owner``, until the block ends.
-
-    Raises:
-        ValueError: If there is no such layer, see :func:`find_layer`.
-    """
-    passes: list[LayerPass] = []
-    thread = this_thread()
-
-    def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if is_this_thread(thread):  # others may use the same network
-            # A copy, because a layer that follows may work in place.
-            passes.append(LayerPass(layer, inputs, output.clone() if isinstance(output, Tensor) else output))
-
-    handle = find_layer(owner, path).register_forward_hook(note)
-    try:
-        with _eager():
-            yield passes
-    finally:
-        handle.remove()
-
-
-def _uncompiled() -> AbstractContextManager[object]:
-    # Compiled code never calls a hook that came after it was compiled. Without dynamo there is
-    # none, and code that is just being compiled sees the hook.
-    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
-_eager = Overlapping(_uncompiled)
-
-
-def _modules_below(owner: object) -> list[str]:
-    if isinstance(owner, nn.Module):
-        return [name for name, _ in owner.named_children()]
-    return [name for name, value in vars(owner).items() if isinstance(value, nn.Module)]
-
-
-def only_pass(passes: Sequence[LayerPass]) -> Tensor:
-    """The output of the one call there was: which of several is the latent is not ours to guess.
-
-    Raises:
-        RuntimeError: If the layer was not called, or more than once.
-        TypeError: If it did not return a tensor of one row per sample.
-    """
-    if len(passes) != 1:
-        msg = (
-            f"the latent's layer was called {len(passes)} times in one step, and must be called once: "
-            "name another layer, or say what the latent is (latent_of of watch, collapse_latent of a mixin)"
-        )
-        raise RuntimeError(msg)
-    latent = passes[0].output
-    if not isinstance(latent, Tensor) or latent.ndim < 2 or not latent.is_floating_point():
-        what = f"a tensor of shape {tuple(latent.shape)}" if isinstance(latent, Tensor) else type(latent).__name__
-        layer = type(passes[0].layer).__name__
-        msg = f"the latent must be a floating point tensor of shape (N, ...), {layer} gave {what}"
-        raise TypeError(msg)
-    return latent
 
 
 def latent_norm(latent: Tensor, *, pool: Pool = "flatten", exponent: int = 1) -> Tensor:
@@ -359,3 +237,48 @@ class TargetedCollapse:
         """
         with watch_layer(owner, self.layer) as passes:
             yield WatchedLatent(self, passes, latent_of)
+
+
+#: What hosts with the term take beside their own arguments.
+COLLAPSE_ARGUMENTS = ("collapse_weight", "collapse_score_weight", "collapse_layer", "collapse_pool")
+
+
+class Collapsing:
+    """What the mixins for both hosts share: how a host with the term is told what the term is."""
+
+    collapse_layer: str = ""
+    collapse_weight: float = 0.1
+    collapse_score_weight: float | None = None
+    collapse_pool: Pool = "flatten"
+
+    @property
+    def collapse(self) -> TargetedCollapse:
+        """The term, by today's ``collapse_weight`` and the like."""
+        term = TargetedCollapse(
+            self.collapse_layer,
+            self.collapse_weight,
+            score_weight=self.collapse_score_weight,
+            pool=self.collapse_pool,
+            prefix="collapse_",
+        )
+        if self.collapse_score_weight is None:
+            term.score_weight *= self.collapse_score_factor()
+        return term
+
+    def collapse_score_factor(self) -> float:
+        """What the host's score takes for one unit of its loss; for hosts that average one and sum the other."""
+        return 1.0
+
+    def collapse_latent(self, passes: Sequence[LayerPass], batch_size: int) -> Tensor:
+        """The latent ``(N, ...)`` of a step, from the calls of the layer.
+
+        Args:
+            passes: One per call, in their order.
+            batch_size: N.
+
+        Raises:
+            RuntimeError: Unless the layer was called once. Override this for hosts whose layer is
+                called more often.
+        """
+        del batch_size
+        return only_pass(passes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -14,20 +13,13 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from toll_plugin.core.penalty import (
-    LayerPass,
-    Pool,
-    TargetedCollapse,
-    WatchedLatent,
-    find_layer,
-    only_pass,
-    watch_layer,
-)
+from toll_plugin.core.penalty import COLLAPSE_ARGUMENTS, Collapsing, TargetedCollapse, WatchedLatent
+from toll_plugin.core.watching import LayerPass, find_layer, only_pass, watch_layer
 
 __all__ = ["TargetedCollapseMixin"]
 
 
-class TargetedCollapseMixin:
+class TargetedCollapseMixin(Collapsing):
     r"""Adds :math:`w\|z_i\|` to the loss and the score of a PyOD detector with a network.
 
     Name it first among the bases and say where the latent is. The constructor takes the host's
@@ -73,10 +65,6 @@ class TargetedCollapseMixin:
         (0.5, 3)
     """
 
-    collapse_layer: str = ""
-    collapse_weight: float = 0.1
-    collapse_score_weight: float | None = None
-    collapse_pool: Pool = "flatten"
     collapse_network: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -97,36 +85,11 @@ class TargetedCollapseMixin:
                 f"collapse_network is for hosts with a fit of their own, not for {type(self).__name__}: leave it empty"
             )
             raise TypeError(msg)
-        chosen = {name: kwargs.pop(name, getattr(type(self), name)) for name in _ARGUMENTS}
+        chosen = {name: kwargs.pop(name, getattr(type(self), name)) for name in COLLAPSE_ARGUMENTS}
         super().__init__(*args, **kwargs)
         for name, value in chosen.items():
             setattr(self, name, value)
         _ = self.collapse  # checks them
-
-    @property
-    def collapse(self) -> TargetedCollapse:
-        """The term, by today's arguments."""
-        return TargetedCollapse(
-            self.collapse_layer,
-            self.collapse_weight,
-            score_weight=self.collapse_score_weight,
-            pool=self.collapse_pool,
-            prefix="collapse_",
-        )
-
-    def collapse_latent(self, passes: Sequence[LayerPass], batch_size: int) -> Tensor:
-        """The latent ``(N, ...)`` of a step, from the calls of the layer.
-
-        Args:
-            passes: One per call, in their order.
-            batch_size: N.
-
-        Raises:
-            RuntimeError: Unless the layer was called once. Override this for hosts built on
-                ``BaseDeepLearningDetector`` whose layer is called more often.
-        """
-        del batch_size
-        return only_pass(passes)
 
     # --- hosts built on BaseDeepLearningDetector
 
@@ -258,9 +221,6 @@ class _Puller:
         self._waiting = False
 
 
-_ARGUMENTS = ("collapse_weight", "collapse_score_weight", "collapse_layer", "collapse_pool")
-
-
 def _constructor(kind: type[TargetedCollapseMixin]) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         super(kind, self).__init__(*args, **kwargs)
@@ -268,7 +228,7 @@ def _constructor(kind: type[TargetedCollapseMixin]) -> Any:
     host: Any = super(TargetedCollapseMixin, kind)
     theirs = inspect.signature(host.__init__)
     keyword = inspect.Parameter.KEYWORD_ONLY
-    ours = [inspect.Parameter(name, keyword, default=getattr(kind, name)) for name in _ARGUMENTS]
+    ours = [inspect.Parameter(name, keyword, default=getattr(kind, name)) for name in COLLAPSE_ARGUMENTS]
     constructor: Any = __init__
     constructor.of_the_mixin = True
     constructor.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), *ours])
