@@ -16,7 +16,15 @@ from toll_plugin.anomalib.collapsed import (
     CollapsedSupersimplenet,
     CollapsedUniNet,
 )
-from toll_plugin.anomalib.datamodules import DigitsOneVsRest, OneVsRest
+from toll_plugin.anomalib.datamodules import (
+    CIFAR10OneVsRest,
+    CIFAR100OneVsRest,
+    DigitsOneVsRest,
+    FashionMNISTOneVsRest,
+    ImageSetOneVsRest,
+    MNISTOneVsRest,
+    OneVsRest,
+)
 from toll_plugin.anomalib.lightning_model import Toll
 from toll_plugin.anomalib.mixin import TargetedCollapseMixin
 from toll_plugin.anomalib.post_processor import TollPostProcessor
@@ -24,6 +32,8 @@ from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.anomalib.torch_model import TollModel
 
 __all__ = [
+    "CIFAR10OneVsRest",
+    "CIFAR100OneVsRest",
     "CollapsedDinomaly",
     "CollapsedDraem",
     "CollapsedEfficientAd",
@@ -35,6 +45,9 @@ __all__ = [
     "CollapsedSupersimplenet",
     "CollapsedUniNet",
     "DigitsOneVsRest",
+    "FashionMNISTOneVsRest",
+    "ImageSetOneVsRest",
+    "MNISTOneVsRest",
     "OneVsRest",
     "RestoreBestWeights",
     "TargetedCollapseMixin",
@@ -47,6 +60,7 @@ __all__ = [
 # anomalib's CLI finds subclasses, but its get_model and benchmark look for attributes. Not
 # `import anomalib.models`: this also runs while that import is still under way.
 _MODELS = (Toll, *(getattr(collapsed, name) for name in collapsed.__all__))
-for _package, _classes in (("anomalib.models", _MODELS), ("anomalib.data", (DigitsOneVsRest,))):
+_DATA = (DigitsOneVsRest, MNISTOneVsRest, FashionMNISTOneVsRest, CIFAR10OneVsRest, CIFAR100OneVsRest)
+for _package, _classes in (("anomalib.models", _MODELS), ("anomalib.data", _DATA)):
     for _class in _classes:
         setattr(import_module(_package), _class.__name__, _class)

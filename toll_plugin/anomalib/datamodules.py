@@ -7,10 +7,12 @@ open a file per image.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
 from torch import Tensor
@@ -18,21 +20,19 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.v2 import Transform
 
 from toll_plugin.anomalib.datasets import TensorImageDataset
-from toll_plugin.core.checks import check_finite_float, check_integer
+from toll_plugin.core.checks import check_finite_float, check_integer, check_option
+from toll_plugin.image_sets import ImageSetName, LabelledImages, download_image_set, read_image_set
 
-__all__ = ["DigitsOneVsRest", "LabelledImages", "OneVsRest"]
-
-
-class LabelledImages(NamedTuple):
-    """Images and their classes.
-
-    Attributes:
-        images: ``(N, C, H, W)`` with 1 or 3 channels; uint8 in [0, 255] or float in [0, 1].
-        labels: Class of each image, ``(N,)``, integers.
-    """
-
-    images: Tensor
-    labels: Tensor
+__all__ = [
+    "CIFAR10OneVsRest",
+    "CIFAR100OneVsRest",
+    "DigitsOneVsRest",
+    "FashionMNISTOneVsRest",
+    "ImageSetOneVsRest",
+    "LabelledImages",
+    "MNISTOneVsRest",
+    "OneVsRest",
+]
 
 
 class OneVsRest(AnomalibDataModule):
@@ -54,6 +54,9 @@ class OneVsRest(AnomalibDataModule):
         val_anomalies: Also put a ``val_ratio`` of the anomalous images of the part that the
             normal validation images come from into the validation split (they are not tested).
             Default false: validation sees normal images only, and model selection no labels.
+        val_indices: Instead of a random ``val_ratio``, these images of the training part are
+            held out: integers, or a ``.npy`` file of them. Normal ones validate, anomalous ones
+            only with ``val_anomalies``. Default none.
         train_augmentations: Applied to each training image.
         val_augmentations: Applied to each validation image.
         test_augmentations: Applied to each test image.
@@ -61,7 +64,9 @@ class OneVsRest(AnomalibDataModule):
         seed: Of the split and of the order of the training images. Default 0.
 
     Raises:
-        ValueError: If the class does not exist, a ratio is out of range or a split is empty.
+        FileNotFoundError: If there is no file ``val_indices``.
+        ValueError: If the class does not exist, a ratio is out of range, a split is empty, or
+            ``val_indices`` are no distinct positions in the training part.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class OneVsRest(AnomalibDataModule):
         val_ratio: float = 0.2,
         test_ratio: float = 0.2,
         val_anomalies: bool = False,
+        val_indices: str | Path | Sequence[int] | None = None,
         train_augmentations: Transform | None = None,
         val_augmentations: Transform | None = None,
         test_augmentations: Transform | None = None,
@@ -97,6 +103,7 @@ class OneVsRest(AnomalibDataModule):
         self.val_ratio = val_ratio
         self.test_ratio = test_ratio
         self.val_anomalies = val_anomalies
+        self.val_indices = val_indices
         self._category = str(normal_class)
         self._image_folder: TemporaryDirectory[str] | None = None
 
@@ -111,24 +118,35 @@ class OneVsRest(AnomalibDataModule):
             msg = f"normal_class must be one of {classes}, got {self.normal_class}"
             raise ValueError(msg)
         generator = torch.Generator().manual_seed(self.seed or 0)
+        held_out = None if self.val_indices is None else _positions(self.val_indices, len(train.labels))
 
         def shuffled(labels: Tensor, normal: bool) -> Tensor:
             index = ((labels == self.normal_class) == normal).nonzero()[:, 0]
             return index[torch.randperm(len(index), generator=generator)]
 
+        def split(index: Tensor, skipped: int, n_random: int) -> tuple[Tensor, Tensor]:
+            """What validates, and what does not."""
+            chosen = torch.zeros(len(index), dtype=torch.bool)
+            chosen[skipped : skipped + n_random] = True
+            chosen = chosen if held_out is None else held_out[index]
+            return index[chosen], index[~chosen]
+
         normals, anomalies = shuffled(train.labels, True), shuffled(train.labels, False)
         n_test = 0 if test is not None else max(1, round(self.test_ratio * len(normals)))
-        n_val = round(self.val_ratio * len(normals))
-        if self.val_ratio > 0:
-            n_val = max(1, n_val)
-        n_val_anomalies = round(self.val_ratio * len(anomalies)) if self.val_anomalies else 0
-        if n_test + n_val >= len(normals):
-            msg = f"no training image is left of the {len(normals)} of class {self.normal_class}: lower the ratios"
+        n_val = max(1, round(self.val_ratio * len(normals))) if self.val_ratio > 0 else 0
+        val_normals, others = split(normals, n_test, n_val)
+        if len(others) <= n_test:
+            msg = (
+                f"no training image is left of the {len(normals)} of class {self.normal_class}: lower the ratios"
+                f"{'' if held_out is None else ' or hold out fewer val_indices'}"
+            )
             raise ValueError(msg)
-        test_normals, val_normals, train_normals = torch.split(normals, [n_test, n_val, len(normals) - n_test - n_val])
-        val_anomalies, rest = anomalies[:n_val_anomalies], anomalies[n_val_anomalies:]
+        val_anomalies, rest = split(anomalies, 0, round(self.val_ratio * len(anomalies)))
+        if not self.val_anomalies:
+            val_anomalies, rest = anomalies[:0], anomalies
+        test_normals, train_normals = others[:n_test], others[n_test:]
         self.train_data = self._dataset(train, train_normals, "train")
-        if n_val:
+        if len(val_normals):
             self.val_data = self._dataset(train, torch.cat([val_normals, val_anomalies]), "val")
         if test is None:
             self.test_data = self._dataset(train, torch.cat([test_normals, rest]), "test")
@@ -187,6 +205,18 @@ class OneVsRest(AnomalibDataModule):
         return super().val_dataloader() if hasattr(self, "val_data") else []
 
 
+def _positions(indices: str | Path | Sequence[int], count: int) -> Tensor:
+    """Mask of the positions among ``count`` that are named by integers or by a file of them."""
+    values = np.load(indices) if isinstance(indices, (str, Path)) else np.asarray(indices)
+    fits = values.ndim == 1 and np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) == len(values)
+    if not fits or len(values) == 0 or values.min() < 0 or values.max() >= count:
+        msg = f"val_indices must be distinct integers from 0 to {count - 1}, got {indices!r} with shape {values.shape}"
+        raise ValueError(msg)
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[torch.from_numpy(values)] = True
+    return mask
+
+
 class DigitsOneVsRest(OneVsRest):
     """scikit-learn's 1797 handwritten digits, 8x8 grey, bundled with it: nothing to download.
 
@@ -210,3 +240,142 @@ class DigitsOneVsRest(OneVsRest):
         digits = load_digits()
         images = torch.from_numpy(digits.images).float()[:, None] / 16
         return LabelledImages(images, torch.from_numpy(digits.target)), None
+
+
+class ImageSetOneVsRest(OneVsRest):
+    """A set that :func:`toll_plugin.image_sets.read_image_set` reads; its test part is tested whole.
+
+    Images stay in memory as bytes, 55 MB for MNIST, 185 MB for a CIFAR.
+
+    Args:
+        root: What torchvision calls by this name: the folder that holds ``MNIST/raw``,
+            ``FashionMNIST/raw``, ``cifar-10-batches-py`` or ``cifar-100-python``. Default: the
+            environment variable ``TOLL_DATA_ROOT``, else anomalib's ``./datasets``.
+        normal_class: As for :class:`OneVsRest`, and so are the other arguments.
+        train_batch_size: Images per training step. Default 32.
+        eval_batch_size: Images per evaluation step. Default 256.
+        num_workers: Data loader processes. Default 0: the images are in memory.
+        val_ratio: Share of the normal training images that validates. Default 0.2.
+        val_anomalies: Also validate with anomalous training images. Default false.
+        val_indices: What validates instead; the authors' are in their repository's ``val IDs``.
+        download: Let torchvision download missing files into ``root``, as anomalib does with its
+            own data sets. Default true.
+        train_augmentations: Applied to each training image.
+        val_augmentations: Applied to each validation image.
+        test_augmentations: Applied to each test image.
+        augmentations: For the splits that have none of their own.
+        seed: Of the split and of the order of the training images. Default 0.
+
+    Raises:
+        FileNotFoundError: If files are missing and could not be downloaded; it says what to
+            download and where to put it.
+        ValueError: If a file is damaged, or as for :class:`OneVsRest`.
+    """
+
+    _set: ImageSetName
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        normal_class: int = 0,
+        train_batch_size: int = 32,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        val_ratio: float = 0.2,
+        val_anomalies: bool = False,
+        val_indices: str | Path | Sequence[int] | None = None,
+        download: bool = True,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            normal_class=normal_class,
+            train_batch_size=train_batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            val_ratio=val_ratio,
+            val_anomalies=val_anomalies,
+            val_indices=val_indices,
+            train_augmentations=train_augmentations,
+            val_augmentations=val_augmentations,
+            test_augmentations=test_augmentations,
+            augmentations=augmentations,
+            seed=seed,
+        )
+        self.root = root
+        self.download = download
+
+    def prepare_data(self) -> None:
+        """Download the files if they are missing and ``download`` is true."""
+        if self.download:
+            download_image_set(self._set, self.root)
+
+    def load(self) -> tuple[LabelledImages, LabelledImages]:
+        """Both parts of the set, read from its files."""
+        return read_image_set(self._set, self.root)
+
+
+class MNISTOneVsRest(ImageSetOneVsRest):
+    """MNIST: 10 digits, 28x28 grey, about 6000 training images each. Arguments as :class:`ImageSetOneVsRest`.
+
+    Example:
+        >>> MNISTOneVsRest("/nowhere", download=False).setup()
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: MNIST is not complete: ...
+    """
+
+    _set = "mnist"
+
+
+class FashionMNISTOneVsRest(ImageSetOneVsRest):
+    """Fashion-MNIST: 10 kinds of clothes, 28x28 grey, 6000 training images each.
+
+    Arguments as :class:`ImageSetOneVsRest`.
+
+    Example:
+        >>> FashionMNISTOneVsRest("/nowhere", download=False).setup()
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: FashionMNIST is not complete: ...
+    """
+
+    _set = "fashion_mnist"
+
+
+class CIFAR10OneVsRest(ImageSetOneVsRest):
+    """CIFAR-10: 10 classes, 32x32 in colour, 5000 training images each. Arguments as :class:`ImageSetOneVsRest`.
+
+    Example:
+        >>> CIFAR10OneVsRest("/nowhere", download=False).setup()
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: CIFAR10 is not complete: ...
+    """
+
+    _set = "cifar10"
+
+
+class CIFAR100OneVsRest(ImageSetOneVsRest):
+    """CIFAR-100: 32x32 in colour, 20 superclasses of 2500 training images or 100 classes of 500.
+
+    Args:
+        *args: As for :class:`ImageSetOneVsRest`.
+        class_labels: What ``normal_class`` counts: ``"coarse"`` (default, the superclasses of the paper)
+            or ``"fine"``.
+        **kwargs: As for :class:`ImageSetOneVsRest`.
+
+    Example:
+        >>> CIFAR100OneVsRest("/nowhere", class_labels="fine", download=False).setup()
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: CIFAR100 is not complete: ...
+    """
+
+    def __init__(self, *args: Any, class_labels: Literal["coarse", "fine"] = "coarse", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_option("class_labels", class_labels, ("coarse", "fine"))
+        self._set = "cifar100" if class_labels == "fine" else "cifar100_coarse"
