@@ -12,19 +12,8 @@ from typing import Any
 
 from benchmarks.image_hosts import HOSTS, run_image
 from benchmarks.records import RESULTS, finish, mean_and_error, provenance, run_all
-from benchmarks.tables import halves, load
+from benchmarks.tables import SEARCH, halves, load
 
-#: The tables that defaults may be chosen by.
-SEARCH = (
-    "glass",
-    "letter",
-    "optdigits",
-    "pima",
-    "satellite",
-    "satimage-2",
-    "vowels",
-    "wbc",
-)
 DETECTORS = {
     "AutoEncoder": {"verbose": 0},
     "VAE": {"verbose": 0},

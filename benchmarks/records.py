@@ -7,9 +7,10 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,50 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: number for name in PACKAGES if (number := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def run_all(function: Callable[..., Any], calls: list[tuple[Any, ...]], jobs: int, what: str, unit: str) -> list[Any]:
     """What ``function`` returns for each of ``calls``, in their order, in ``jobs`` processes, with a bar."""
+    found = dict(as_they_finish(function, calls, jobs, what, unit))
+    return [found[i] for i in range(len(calls))]
+
+
+def as_they_finish(
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs: int, what: str, unit: str
+) -> Iterator[tuple[int, Any]]:
+    """Position and result of each of ``calls``, the first to finish first, on joblib's backend of the moment."""
     from joblib import Parallel, delayed
     from tqdm import tqdm
 
-    work = Parallel(jobs, return_as="generator")(delayed(function)(*call) for call in calls)
-    return list(tqdm(work, total=len(calls), desc=what, unit=unit))
+    calls = list(calls)
+    work = Parallel(jobs, return_as="generator_unordered")(
+        delayed(_numbered)(function, i, call) for i, call in enumerate(calls)
+    )
+    yield from tqdm(work, total=len(calls), desc=what, unit=unit, smoothing=0)
+
+
+def _numbered(function: Callable[..., Any], i: int, call: tuple[Any, ...]) -> tuple[int, Any]:
+    return i, function(*call)
+
+
+def cluster(scheduler: str | None) -> AbstractContextManager[Any]:
+    """joblib's own processes, or the workers of the Dask scheduler at an address."""
+    if scheduler is None:
+        return nullcontext()
+    from dask.distributed import Client
+    from joblib import parallel_config
+
+    Client(scheduler)  # joblib finds the current one
+    return parallel_config(backend="dask", wait_for_workers_timeout=60)
 
 
 def mean_and_error(gaps: list[float]) -> str:
@@ -54,6 +88,11 @@ def mean_and_error(gaps: list[float]) -> str:
 def finish(path: Path, record: dict[str, Any]) -> None:
     """Print a record's table and write it as JSON; an interrupted run leaves the earlier file."""
     print(record["table"])
+    write_json(path, record)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
