@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,12 @@ import yaml
 from benchmarks import protocol
 from benchmarks.records import RESULTS, cluster, finish, provenance
 from benchmarks.runs import Runs, run_missing
+from toll_plugin.image_sets import data_root, read_image_set
 
 DataSet = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "arrhythmia"]
+
+#: Data set, root, the authors' indices, validation size: what :func:`load` reads.
+Source = tuple[DataSet, Path, Path | None, int]
 
 #: Files in the authors' folder "val IDs".
 _SPLITS = {"mnist": "mnist", "fashion_mnist": "fmnist", "cifar10": "cifar10", "cifar100": "cifar100"}
@@ -104,7 +109,7 @@ def paper(
         mode: eval scores the weights again that finished runs kept, without training.
         device: auto, cpu, cuda, cuda:1, ...
         jobs: Runs at a time, also on one GPU; -1 for all cores, or all workers of a cluster.
-        scheduler: Address of a Dask scheduler whose workers take the runs.
+        scheduler: Address of a Dask scheduler whose workers take the runs; they read root and splits too.
         runs: Where finished runs and their weights are kept.
         output: Where the record goes; benchmarks/results/paper_DATASET.json by default.
     """
@@ -118,11 +123,13 @@ def paper(
         **{name: value for name, value in given.items() if value is not None},
     )
     chosen = parse_classes(classes, settings.n_classes)
-    data, drawn = load(dataset, root, splits, validation_size)
+    # Every process reads the files itself: sending them along with each run would cost more.
+    source = (dataset, data_root(root).resolve(), splits and splits.resolve(), validation_size)
+    _, drawn = load(*source)
     kept = Runs(runs / dataset)
     common = {"dataset": dataset, **asdict(settings), "held_out": drawn, "label_free": protocol.LABEL_FREE}
     keys = [
-        (f"class{c}_seed{s}", {**common, "class": c, "seed": s}, (data, settings, c, s))
+        (f"class{c}_seed{s}", {**common, "class": c, "seed": s}, (source, settings, c, s))
         for s in range(seeds)
         for c in chosen
     ]
@@ -131,7 +138,7 @@ def paper(
         records = [_again(kept, key, device) for key in keys]
     else:
         threads = max(1, protocol.cores() // (jobs if jobs > 0 else protocol.cores()))
-        extra = (dataset, device, threads, jobs == 1 and scheduler is None)
+        extra = (device, threads, jobs == 1 and scheduler is None)
         with cluster(scheduler):
             calls = [(label, configuration, (*arguments, *extra)) for label, configuration, arguments in keys]
             records = run_missing(kept, _run, calls, jobs, f"paper {dataset}")
@@ -153,8 +160,8 @@ def parse_classes(classes: str | None, count: int) -> list[int]:
     found: list[int] = []
     try:
         for item in classes.split(","):
-            first, _, last = item.partition("-")
-            found += range(int(first), int(last or first) + 1)
+            first, dash, last = item.partition("-")
+            found += range(int(first), int(last if dash else first) + 1)
     except ValueError:
         found = []
     if not found or min(found) < 0 or max(found) >= count:
@@ -163,12 +170,11 @@ def parse_classes(classes: str | None, count: int) -> list[int]:
     return sorted(set(found))
 
 
-def load(dataset: DataSet, root: Path | None, splits: Path | None, validation_size: int) -> tuple[protocol.Arrays, str]:
+@lru_cache(maxsize=1)
+def load(dataset: DataSet, root: Path, splits: Path | None, validation_size: int) -> tuple[protocol.Arrays, str]:
     """The arrays of a data set, and a digest of what is held out."""
-    from toll_plugin.image_sets import data_root, read_image_set
-
     if dataset == "arrhythmia":
-        data = protocol.arrhythmia_rows(data_root(root), splits)
+        data = protocol.arrhythmia_rows(root, splits)
         held_out = data["validation_normal"]
     else:
         parts = read_image_set("cifar100_coarse" if dataset == "cifar100" else dataset, root)
@@ -191,17 +197,17 @@ def _parts(data: protocol.Arrays, settings: protocol.Settings, normal_class: int
 
 
 def _run(
-    data: protocol.Arrays,
+    source: Source,
     settings: protocol.Settings,
     normal_class: int,
     seed: int,
-    dataset: str,
     device: str,
     threads: int,
     show: bool,
 ) -> tuple[dict[str, Any], Any]:
     from tqdm import tqdm
 
+    data, _ = load(*source)
     bar = tqdm(total=settings.iterations, desc=f"class {normal_class}, seed {seed}", leave=False) if show else None
     with bar or nullcontext():
         result, weights = protocol.train(
@@ -213,7 +219,7 @@ def _run(
             threads=threads,
             on_iteration=bar.update if bar else lambda: None,
         )
-    if dataset == "arrhythmia" and find_spec("pyod"):
+    if source[0] == "arrhythmia" and find_spec("pyod"):
         result["detectors"] = _detectors(data, settings.iterations, seed)
     return result, weights
 
@@ -237,11 +243,12 @@ def _detectors(data: protocol.Arrays, iterations: int, seed: int) -> dict[str, f
 
 def _again(kept: Runs, key: tuple[str, dict[str, Any], tuple[Any, ...]], device: str) -> dict[str, Any]:
     """A finished run with its kept weights scored again."""
-    label, configuration, (data, settings, normal_class, _) = key
+    label, configuration, (source, settings, normal_class, _) = key
     record = kept.find(label, configuration)
     if record is None:
         msg = f"{label} of these settings is not in {kept.folder}: run without mode=eval first"
         raise FileNotFoundError(msg)
+    data, _ = load(*source)
     found = protocol.score(_parts(data, settings, normal_class), settings, kept.weights(label, configuration), device)
     for result in record["protocols"].values():
         result.update(found[result["step"]])

@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,15 +68,17 @@ def _numbered(function: Callable[..., Any], i: int, call: tuple[Any, ...]) -> tu
     return i, function(*call)
 
 
-def cluster(scheduler: str | None) -> AbstractContextManager[Any]:
+@contextmanager
+def cluster(scheduler: str | None) -> Iterator[None]:
     """joblib's own processes, or the workers of the Dask scheduler at an address."""
     if scheduler is None:
-        return nullcontext()
+        yield
+        return
     from dask.distributed import Client
     from joblib import parallel_config
 
-    Client(scheduler)  # joblib finds the current one
-    return parallel_config(backend="dask", wait_for_workers_timeout=60)
+    with Client(scheduler), parallel_config(backend="dask", wait_for_workers_timeout=60):
+        yield
 
 
 def mean_and_error(gaps: list[float]) -> str:

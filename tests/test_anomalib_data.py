@@ -7,11 +7,21 @@ import pytest
 import torch
 from anomalib import TaskType
 from contracts import engine
+from image_files import write_cifar, write_mnist
 from torchvision.transforms.v2 import Compose, RandomErasing, Resize
 
-from toll_plugin.anomalib import DigitsOneVsRest, OneVsRest, Toll
+from toll_plugin.anomalib import (
+    CIFAR10OneVsRest,
+    CIFAR100OneVsRest,
+    DigitsOneVsRest,
+    FashionMNISTOneVsRest,
+    MNISTOneVsRest,
+    OneVsRest,
+    Toll,
+)
 from toll_plugin.anomalib.datamodules import LabelledImages
 from toll_plugin.anomalib.datasets import TensorImageDataset
+from toll_plugin.core import contrast_range
 
 
 def _split(data):
@@ -142,6 +152,98 @@ def test_sets_add_up():
     assert torch.equal(both[len(data.train_data)].image, data.test_data[0].image)
     with pytest.raises(TypeError, match="only a TensorImageDataset"):
         _ = data.train_data + [1]  # noqa: RUF005  the addition is what is tested
+
+
+@pytest.mark.parametrize("val_anomalies", [False, True])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_given_indices_validate(val_anomalies, as_file, tmp_path):
+    indices = [2, 6, 3, 40]  # classes 2, 2, 3, 0
+    if as_file:
+        np.save(tmp_path / "held_out.npy", indices)
+    parts = _split(
+        Squares(2, val_indices=tmp_path / "held_out.npy" if as_file else indices, val_anomalies=val_anomalies)
+    )
+    assert parts["val"] == {(2, False), (6, False)} | ({(3, True), (40, True)} if val_anomalies else set())
+    assert parts["train"] == {(i, False) for i in range(2, 80, 4) if i not in indices}
+    assert len(parts["test"]) == 24
+
+
+@pytest.mark.parametrize("indices", [[2, 2], [-1], [80], [0.5], [[1]], []])
+def test_bad_indices(indices):
+    with pytest.raises(ValueError, match="val_indices must be distinct integers from 0 to 79, got"):
+        Squares(2, val_indices=indices).setup()
+
+
+def test_indices_that_leave_nothing_to_train_on():
+    with pytest.raises(ValueError, match="hold out fewer val_indices"):
+        Squares(2, val_indices=list(range(80))).setup()
+    with pytest.raises(FileNotFoundError):
+        Squares(2, val_indices="nowhere.npy").setup()
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "arguments", "n_classes"),
+    [
+        (MNISTOneVsRest, "MNIST", {}, 10),
+        (FashionMNISTOneVsRest, "FashionMNIST", {}, 10),
+        (CIFAR10OneVsRest, "CIFAR10", {}, 10),
+        (CIFAR100OneVsRest, "CIFAR100", {}, 20),
+        (CIFAR100OneVsRest, "CIFAR100", {"class_labels": "fine"}, 100),
+    ],
+)
+def test_image_sets_keep_their_test_part(kind, folder, arguments, n_classes, tmp_path, monkeypatch):
+    if "CIFAR" in folder:
+        labels = write_cifar(tmp_path, folder, monkeypatch)["test_labels" if n_classes != 20 else "test_coarse"]
+    else:
+        labels = write_mnist(tmp_path, folder)["test_labels"]
+    data = kind(tmp_path, normal_class=1, val_ratio=0.0 if n_classes == 100 else 0.25, **arguments)
+    data.prepare_data()
+    parts = _split(data)
+    assert parts["test"] == {(i, bool(labels[i] != 1)) for i in range(40)} or n_classes == 100
+    assert not any(bad for _, bad in parts["train"])
+    if n_classes == 20:
+        assert len(parts["train"]) == 3
+    assert data.train_data._images.dtype == torch.uint8
+    assert data.name == kind.__name__
+
+
+def test_missing_files_are_reported_by_the_data_module(tmp_path, monkeypatch):
+    def offline(_):
+        raise OSError
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", offline)
+    data = MNISTOneVsRest(tmp_path)
+    data.prepare_data()
+    with pytest.raises(FileNotFoundError, match="MNIST is not complete"):
+        data.setup()
+    with pytest.raises(ValueError, match="class_labels must be one of 'coarse', 'fine', got 'both'"):
+        CIFAR100OneVsRest(class_labels="both")
+
+
+def test_the_range_of_the_scaling_is_that_of_the_training_images(tmp_path, monkeypatch):
+    written = write_cifar(tmp_path / "data", "CIFAR10", monkeypatch)
+    data = CIFAR10OneVsRest(tmp_path / "data", normal_class=3, train_batch_size=2, val_indices=[3, 13])
+    model = Toll(image_size=32, network="paper32", latent_dim=4, scaling="paper_cifar", seed=0, visualizer=False)
+    with pytest.raises(RuntimeError, match="not known yet"):
+        model(torch.rand(1, 3, 32, 32))
+    trainer = engine(tmp_path, max_epochs=1, max_steps=2)
+    trainer.fit(model, datamodule=data)
+    rows = [i for i in range(3, 80, 10) if i not in (3, 13)]
+    expected = contrast_range(torch.from_numpy(written["train_images"][rows]) / 255)
+    assert model.pre_processor.scaling_range == pytest.approx(expected, rel=1e-6)
+    x = torch.rand(2, 3, 32, 32)
+    scores = model.eval()(x).pred_score
+    # From a checkpoint by Lightning, and by an engine whose model has its range still open.
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    loaded = Toll.load_from_checkpoint(checkpoint).eval()
+    assert torch.equal(loaded(x).pred_score, scores)
+    fresh = Toll(image_size=32, network="paper32", latent_dim=4, scaling="paper_cifar", visualizer=False)
+    trainer.test(fresh, datamodule=data, ckpt_path=checkpoint)
+    assert torch.equal(fresh.eval()(x).pred_score, scores)
+    # A range that was given is left alone.
+    given = Toll(image_size=32, network="paper32", scaling="paper_cifar", scaling_range=(-9.0, 9.0), visualizer=False)
+    engine(tmp_path / "given", max_epochs=1, max_steps=1).fit(given, datamodule=data)
+    assert given.pre_processor.scaling_range == (-9.0, 9.0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from benchmarks import arrhythmia, speed, tables
+from benchmarks import speed, tables
 from benchmarks.digits import _paired, _run, _table, digits
 from benchmarks.readme import fill
 from benchmarks.records import finish
@@ -117,14 +117,6 @@ def test_halves_train_on_normal_rows_only():
     assert (train >= 10).all()
     assert sorted(np.concatenate([train, test]).ravel()) == list(range(30))
     np.testing.assert_array_equal(labels, test.ravel() < 10)
-
-
-def test_ties_count_against_the_method():
-    # Two anomalies, so two rows are flagged: 5 and one of the 3s, which is taken to be the normal one.
-    assert arrhythmia.f1(np.array([3.0, 1.0]), np.array([5.0, 3.0])) == 0.5
-    assert arrhythmia.f1(np.array([1.0, 1.0]), np.array([5.0, 3.0])) == 1.0
-    assert arrhythmia.f1(np.array([7.0, 7.0]), np.array([5.0, 3.0])) == 0.0
-    assert arrhythmia.f1(np.array([7.0, 0.0]), np.array([5.0, 5.0])) == 0.5
 
 
 def test_a_detector_that_fails_counts_as_chance(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,15 @@ def test_the_core_loads_no_host():
         print([m for m in ("anomalib", "lightning", "pyod", "torchvision", "sklearn") if m in sys.modules])
     """
     assert printed(code) == "[]"
+
+
+def test_image_sets_are_read_without_a_host():
+    code = """
+        import sys, toll_plugin.image_sets, benchmarks.paper
+        from torchvision import datasets
+        print([m for m in ("anomalib", "lightning", "pyod", "jsonargparse") if m in sys.modules])
+    """
+    assert printed(code, PYTHONPATH=str(Path(__file__).parents[1])) == "[]"
 
 
 def test_the_anomalib_adapter_loads_no_pyod():

@@ -52,8 +52,7 @@ def test_a_constant_image_becomes_zeros(level):
     ("arguments", "message"),
     [
         (("mnist",), "scaling must be one of .*'paper_mnist'.*got 'mnist'"),
-        (("paper_cifar",), "scaling_range must be given with scaling='paper_cifar'"),
-        (("unit", (0, 1)), "scaling_range must be given with scaling='paper_cifar' and only then"),
+        (("unit", (0, 1)), "scaling_range must be given with scaling='paper_cifar' only"),
         (("paper_cifar", (1.0, 1.0)), r"scaling_range\[1\] must be finite and > 1"),
         (("paper_cifar", (0.0, float("nan"))), r"scaling_range\[1\] must be finite"),
         (("paper_cifar", (0.0, 1.0, 2.0)), "scaling_range must be a pair"),
@@ -62,3 +61,8 @@ def test_a_constant_image_becomes_zeros(level):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ImageScaling(*arguments)
+
+
+def test_a_range_that_is_not_known_yet():
+    with pytest.raises(RuntimeError, match="scaling_range of scaling='paper_cifar' is not known yet: fit the model"):
+        ImageScaling("paper_cifar")(torch.rand(1, 3, 4, 4))

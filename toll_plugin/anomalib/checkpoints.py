@@ -61,4 +61,6 @@ def restore_components(model: AnomalibModule, checkpoint: dict[str, Any]) -> Non
         setattr(model, name, _KNOWN[kind]())
     if isinstance(model.pre_processor, TollPreProcessor):
         # The hyperparameters made it, and an override of theirs must not be undone.
-        checkpoint.pop("anomalib_pre_processor_config", None)
+        config = checkpoint.pop("anomalib_pre_processor_config", None) or {}
+        if model.pre_processor.is_open and config.get("scaling_range") is not None:
+            model.pre_processor.close(config["scaling_range"])  # which training measured

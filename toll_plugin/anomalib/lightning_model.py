@@ -71,7 +71,8 @@ class Toll(AnomalibModule):
         scaling: ``"unit"`` (default, pixels in [0, 1]), ``"imagenet"``, or the authors'
             ``"paper_mnist"``, ``"paper_fashion_mnist"``, ``"paper_cifar"``.
         scaling_range: ``(minimum, maximum)`` for ``"paper_cifar"``, see
-            :func:`toll_plugin.core.contrast_range`.
+            :func:`toll_plugin.core.contrast_range`. Default: that of the training images, measured
+            when training begins and stored in checkpoints.
         restore_best_weights: Use the weights of the lowest ``val_loss``. Default true.
         patience: Validations (epochs, unless the trainer validates less often) without a lower
             ``val_loss`` before training stops, unless the trainer has an ``EarlyStopping`` of its
@@ -251,6 +252,17 @@ class Toll(AnomalibModule):
         """Start watching for divergence."""
         super().on_fit_start()
         self._guard = DivergenceGuard(self.model)
+
+    def on_train_start(self) -> None:
+        """Measure the scaling's range if it was left open."""
+        super().on_train_start()
+        if not isinstance(self.pre_processor, TollPreProcessor) or not self.pre_processor.is_open:
+            return
+        ranges = [self.pre_processor.measure(batch.image) for batch in self.trainer.train_dataloader]
+        low, high = torch.tensor(ranges, dtype=torch.float64, device=self.device).T
+        # Each process has its share of the images.
+        found = self.all_gather(torch.stack([low.min(), -high.max()])).view(-1, 2).amin(dim=0)
+        self.pre_processor.close((float(found[0]), -float(found[1])))
 
     def on_train_epoch_start(self) -> None:
         """Remember the weights in case the epoch diverges."""

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.transforms.v2.functional import is_pure_tensor
 
 from toll_plugin.core.checks import check_image_size
-from toll_plugin.core.scaling import ImageScaling
+from toll_plugin.core.scaling import ImageScaling, contrast_range
 
 __all__ = ["TollPreProcessor"]
 
@@ -70,11 +70,12 @@ class TollPreProcessor(PreProcessor):
     Args:
         image_size: ``(height, width)`` in pixels, or one integer.
         scaling: Name of an :class:`toll_plugin.core.ImageScaling`.
-        scaling_range: Its ``value_range``.
+        scaling_range: Its ``value_range``. ``"paper_cifar"`` without one gets that of the training
+            images when a :class:`Toll` is fitted.
 
     Raises:
         TypeError: If ``image_size`` is no size.
-        ValueError: If the scaling is unknown or its range missing.
+        ValueError: If the scaling is unknown or its range misplaced.
 
     Example:
         >>> import torch
@@ -104,6 +105,20 @@ class TollPreProcessor(PreProcessor):
         self.scaling_range = scale.value_range
         self.transform = Compose([Resize(list(size), antialias=True), _Scale(scale)])
         self.export_transform = nn.Sequential(_ExportableResize(size), scale)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether ``"paper_cifar"`` still needs its range."""
+        return self.scaling == "paper_cifar" and self.scaling_range is None
+
+    def measure(self, images: Tensor) -> tuple[float, float]:
+        """Smallest and largest value of a batch before the range is applied, see :func:`contrast_range`."""
+        resized: Tensor = self.transform.transforms[0](images)
+        return contrast_range(resized.as_subclass(Tensor))
+
+    def close(self, scaling_range: Sequence[float]) -> None:
+        """Set the range that was left open."""
+        self._configure(self.image_size, self.scaling, scaling_range)
 
     def checkpoint_config(self) -> dict[str, Any]:
         """Plain data from which :meth:`load_checkpoint_config` restores this object."""

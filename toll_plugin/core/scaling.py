@@ -68,13 +68,14 @@ class ImageScaling(nn.Module):
             ``"paper_cifar"`` is :func:`contrast_normalise` followed by
             :math:`(x - a) / (b - a)`.
         value_range: ``(a, b)`` of ``"paper_cifar"``: :func:`contrast_range` of the normal
-            class's training images.
+            class's training images. ``None`` leaves it open; nothing can be scaled until it is set.
 
     Shape:
         ``(N, C, H, W)`` to the same.
 
     Raises:
-        ValueError: If the name is unknown, or ``value_range`` is missing, misplaced or empty.
+        ValueError: If the name is unknown, or ``value_range`` is misplaced or empty.
+        RuntimeError: When scaling by ``"paper_cifar"`` before its range is known.
 
     Example:
         >>> import torch
@@ -85,9 +86,9 @@ class ImageScaling(nn.Module):
     def __init__(self, name: str = "unit", value_range: Sequence[float] | None = None) -> None:
         super().__init__()
         check_option("scaling", name, SCALINGS)
-        if (value_range is not None) != (name == "paper_cifar"):
+        if value_range is not None and name != "paper_cifar":
             msg = (
-                f"scaling_range must be given with scaling='paper_cifar' and only then, "
+                f"scaling_range must be given with scaling='paper_cifar' only, "
                 f"got scaling={name!r} and scaling_range={value_range!r}"
             )
             raise ValueError(msg)
@@ -108,7 +109,10 @@ class ImageScaling(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Scale a batch."""
-        if self.value_range is not None:
+        if self.name == "paper_cifar":
+            if self.value_range is None:
+                msg = "scaling_range of scaling='paper_cifar' is not known yet: fit the model, or pass it"
+                raise RuntimeError(msg)
             low, high = self.value_range
             return (contrast_normalise(images) - low) / (high - low)
         if self.name == "unit":

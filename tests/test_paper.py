@@ -1,0 +1,373 @@
+"""The paper's protocol: the authors' generators and formula, what each protocol chooses, and runs that are kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from image_files import write_arrhythmia, write_cifar, write_mnist
+from torch import nn
+
+from benchmarks import protocol
+from benchmarks.paper import make_table, paper, parse_classes
+from benchmarks.runs import Runs, run_missing
+from benchmarks.stopping import RULES, judge, splice, stopping
+from toll_plugin.core import DenseAutoencoder, DivergenceError
+
+DENSE = replace(protocol.SETTINGS["arrhythmia"], iterations=6, validate_every=2, batch_size=8)
+
+
+def _parts(seed=0, n=30):
+    rng = np.random.default_rng(seed)
+
+    def rows(count, shift):
+        return rng.normal(size=(count, 274)) + shift
+
+    data = {"train_normal": rows(n, 0)}
+    for part in ("validation", "test"):
+        data |= {f"{part}_normal": rows(12, 0), f"{part}_anomalous": rows(5, 0.4)}
+    return protocol.table_parts(data, DENSE)
+
+
+@pytest.mark.parametrize(("seed", "normal_class"), [(0, 0), (3, 2)])
+def test_initial_weights_are_those_of_the_authors_loop(seed, normal_class):
+    settings = protocol.SETTINGS["cifar10"]
+    state = torch.get_rng_state()
+    network = protocol.initial_network(settings, seed, normal_class)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(seed)
+    for _ in range(normal_class + 1):
+        expected = protocol.Paper32Autoencoder(64)
+    for mine, theirs in zip(network.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_batches_are_those_of_numpys_global_generator():
+    settings = replace(DENSE, iterations=3, batch_size=4)
+    np.random.seed(42)  # noqa: NPY002  as the authors' loop does
+    expected = {}
+    for c, size in enumerate((11, 7, 9)):
+        expected[c] = [np.random.choice(size, 4, replace=False) for _ in range(3)]  # noqa: NPY002
+    for c, sizes in enumerate(([11], [11, 7], [11, 7, 9])):
+        np.testing.assert_array_equal(list(protocol.batches(sizes, settings)), expected[c])
+
+
+def test_the_last_step_is_that_of_a_plain_loop_and_its_metrics_are_those_of_the_formula():
+    parts = _parts()
+    result, weights = protocol.train(parts, DENSE, 1, 0, device="cpu")
+    network = protocol.initial_network(DENSE, 1, 0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    losses = []
+    for index in protocol.batches([30], DENSE):
+        x = parts.train[index]
+        x_hat, z = network(x)
+        loss = sum((a - b).norm() + 10 * c.norm() for a, b, c in zip(x, x_hat, z, strict=True)) / 8
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert [step["step"] for step in result["trace"]] == [2, 4, 6]
+    np.testing.assert_allclose([s["batch_loss"] for s in result["trace"]], losses[1::2], rtol=1e-5)
+    assert result["protocols"]["last"]["step"] == 6
+    # The same weights, in double precision and by loops.
+    network.load_state_dict(weights[6])
+    network.double().eval()
+    scores, held_out = [], []
+    with torch.no_grad():
+        for samples, found in ((parts.test, scores), (parts.validation[:12], held_out)):
+            for row in samples.double():
+                (x_hat,), (z,) = network(row[None])
+                residual = sum(float(v) ** 2 for v in row - x_hat) ** 0.5
+                found.append(residual + 10 * sum(float(v) ** 2 for v in z) ** 0.5)
+    assert result["trace"][-1]["total"] == pytest.approx(np.mean(held_out), rel=1e-6)
+    order = np.argsort(scores)[::-1][:5]
+    assert result["protocols"]["last"]["total"] == pytest.approx(np.mean(order >= 12))
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_loss_and_scores_of_images_by_loops(name, tmp_path, monkeypatch):
+    if name == "mnist":
+        written = write_mnist(tmp_path)
+        raw = written["train_images"][:, None] / 255
+        scaled = (raw - 0.1307) / 0.3081
+    else:
+        written = write_cifar(tmp_path, "CIFAR10", monkeypatch)
+        raw = written["train_images"].astype(float)
+        centred = raw - raw.mean(axis=(1, 2, 3), keepdims=True)
+        scaled = centred / np.abs(centred).mean(axis=(1, 2, 3), keepdims=True)
+        mine = scaled[written["train_labels"] == 4]
+        scaled = (scaled - mine.min()) / (mine.max() - mine.min())
+        written["train_images"] = written["train_images"]
+    settings = replace(protocol.SETTINGS[name], iterations=1, batch_size=3, validate_every=1)
+    held_out = np.array([0, 4, 14, 9])
+    data = {key: value[:, None] if value.ndim == 3 else value for key, value in written.items()}
+    data |= {"held_out": held_out, "val_indices": held_out}
+    parts = protocol.image_parts(data, settings, 4)
+    assert parts.sizes == [7, 8, 8, 8, 6]
+    assert len(parts.train) == 6
+    assert parts.validation_anomalous.tolist() == [True, False, False, True]
+    double = replace(parts, scale=lambda images: parts.scale(images.double()))
+    network = protocol.initial_network(settings, 0, 4).double()
+    rows = np.flatnonzero((written["train_labels"] == 4) & ~np.isin(np.arange(80), held_out))
+    (index,) = protocol.batches(parts.sizes, settings)
+    batch = torch.from_numpy(scaled[rows[index]])
+    with torch.no_grad():
+        x_hat, z = network.train()(batch)
+        terms = [
+            np.sqrt(sum(v**2 for v in (a - b).flatten().tolist()))
+            + settings.beta * np.sqrt(sum(v**2 for v in c.tolist()))
+            for a, b, c in zip(batch, x_hat, z, strict=True)
+        ]
+    result, weights = protocol.train(double, settings, 0, 4, network=protocol.initial_network(settings, 0, 4).double())
+    assert result["trace"][0]["batch_loss"] == pytest.approx(np.mean(terms), rel=1e-6)
+    network.load_state_dict(weights[1])
+    normal = torch.from_numpy(scaled[[4, 14]])
+    with torch.no_grad():
+        x_hat, z = network.eval()(normal)
+    expected = (normal - x_hat).flatten(1).norm(dim=1) + settings.beta * z.norm(dim=1)
+    assert result["trace"][0]["total"] == pytest.approx(float(expected.mean()), rel=1e-6)
+
+
+def test_each_protocol_keeps_the_step_it_chooses():
+    parts = _parts()
+    settings = replace(DENSE, iterations=40)
+    result, weights = protocol.train(parts, settings, 0, 0, device="cpu")
+    trace = result["trace"]
+    best = max(step["validation"] for step in trace)
+    first = next(step["step"] for step in trace if step["validation"] == best)
+    assert result["protocols"]["paper"]["step"] == first
+    lowest = min(trace, key=lambda step: step["total"])["step"]
+    assert result["protocols"]["label-free"]["step"] == lowest
+    assert result["protocols"]["last"]["step"] == 40
+    assert set(weights) == {first, lowest, 40}
+    # Tables are tested at every validation: what was kept scores as it did then.
+    for chosen in result["protocols"].values():
+        assert chosen["total"] == next(step["test"] for step in trace if step["step"] == chosen["step"])
+    again = protocol.score(parts, settings, weights, "cpu")
+    assert again == {c["step"]: {k: c[k] for k in again[c["step"]]} for c in result["protocols"].values()}
+
+
+def test_a_training_that_diverges_says_so():
+    with pytest.raises(DivergenceError, match="not finite"):
+        protocol.train(_parts(), replace(DENSE, lr=1e30), 0, 0, device="cpu")
+    with pytest.raises(ValueError, match="batch_size must be at most the 30 training samples, got 31"):
+        protocol.train(_parts(), replace(DENSE, batch_size=31), 0, 0, device="cpu")
+
+
+def test_bfloat16_is_near():
+    parts, settings = _parts(), replace(DENSE, iterations=2)
+    single, _ = protocol.train(parts, settings, 0, 0, device="cpu")
+    half, _ = protocol.train(parts, replace(settings, bf16=True), 0, 0, device="cpu")
+    assert half["trace"][0]["total"] != single["trace"][0]["total"]
+    assert half["trace"][0]["total"] == pytest.approx(single["trace"][0]["total"], rel=0.02)
+
+
+def test_ties_count_against_the_method():
+    def f1(normal, anomalous):
+        scores = np.concatenate([normal, anomalous]).astype(float)
+        return protocol.f1_at_known_rate(np.arange(len(scores)) >= len(normal), scores)
+
+    # Two anomalies, so two rows are flagged: 5 and one of the 3s, which is taken to be the normal one.
+    assert f1([3, 1], [5, 3]) == 0.5
+    assert f1([1, 1], [5, 3]) == 1.0
+    assert f1([7, 7], [5, 3]) == 0.0
+    assert f1([7, 0], [5, 5]) == 0.5
+
+
+def test_classes_are_lists_and_ranges():
+    assert parse_classes(None, 3) == [0, 1, 2]
+    assert parse_classes("0-2,8", 10) == [0, 1, 2, 8]
+    assert parse_classes("7", 10) == [7]
+    for bad in ("10", "a", "3-", "-1", "", "5-4"):
+        with pytest.raises(ValueError, match="classes must be like 0-9"):
+            parse_classes(bad, 10)
+
+
+def _square(x):
+    if x < 0:
+        raise ArithmeticError(x)
+    if x == 9:
+        raise KeyboardInterrupt
+    return {"square": x * x}, {"x": torch.tensor(x)}
+
+
+def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
+    runs = Runs(tmp_path / "runs")
+
+    def command(values):
+        return run_missing(runs, _square, [(f"run{x}", {"x": x}, (x,)) for x in values], 1, "test")
+
+    with pytest.raises(KeyboardInterrupt):
+        command([2, 3, 9, 4])
+    assert [runs.find(f"run{x}", {"x": x}) is not None for x in (2, 3, 4)] == [True, True, False]
+    assert int(runs.weights("run3", {"x": 3})["x"]) == 3
+    ran = []
+    monkeypatch.setattr("benchmarks.runs._attempt", lambda f, a: (ran.append(a), f(*a))[1])
+    assert [record["square"] for record in command([2, 3, 4])] == [4, 9, 16]
+    assert ran == [(4,)]
+    # The label alone does not make it the same run.
+    assert runs.find("run2", {"x": 2, "beta": 1}) is None
+
+
+def test_failed_runs_are_recorded_and_tried_again(tmp_path):
+    runs = Runs(tmp_path)
+    calls = [("bad", {"x": -1}, (-1,)), ("good", {"x": 2}, (2,))]
+    bad, good = run_missing(runs, _square, calls, 1, "test")
+    assert bad["error"] == "ArithmeticError: -1"
+    assert "_square" in bad["traceback"]
+    assert good["square"] == 4
+    assert runs.find("bad", {"x": -1}) is None
+    with pytest.raises(FileNotFoundError, match="run without mode=eval first"):
+        runs.weights("bad", {"x": -1})
+    runs.path("good", {"x": 2}).write_text("{")
+    with pytest.raises(ValueError, match=r"good_.*is no record"):
+        run_missing(runs, _square, calls, 1, "test")
+
+
+@pytest.fixture
+def arrhythmia(tmp_path):
+    write_arrhythmia(tmp_path / "ODDS", tmp_path / "splits")
+    arguments = {"root": tmp_path, "splits": tmp_path / "splits", "seeds": 2, "iterations": 4, "validate_every": 2}
+    return {"dataset": "arrhythmia", "runs": tmp_path / "runs", "output": tmp_path / "out.json", **arguments}
+
+
+def test_the_command_on_arrhythmia_and_its_evaluation(arrhythmia, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.paper._detectors", lambda *_: {"TollDetector, defaults": 0.5})
+    with pytest.raises(FileNotFoundError, match="class0_seed0 of these settings is not in"):
+        paper(**arrhythmia, mode="eval")
+    paper(**arrhythmia)
+    first = json.loads((tmp_path / "out.json").read_text())
+    assert {"commit", "dirty", "packages", "iterations", "split"} <= set(first)
+    assert [(run["class"], run["seed"]) for run in first["runs"]] == [(0, 0), (0, 1)]
+    assert "| TollDetector, defaults | 50.0 ± 0.0 | 50.0 | 50.0 |" in first["table"]
+    assert (tmp_path / "runs/arrhythmia/paper.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "runs/arrhythmia").glob("*.pt"))) == 2
+    capsys.readouterr()
+    paper(**arrhythmia, mode="eval")
+    assert json.loads((tmp_path / "out.json").read_text())["runs"] == first["runs"]
+    paper(**arrhythmia | {"seeds": 1})
+    assert "1 of 1 runs are in" in capsys.readouterr().out
+
+
+def test_the_command_on_images(tmp_path, monkeypatch):
+    write_mnist(tmp_path)
+    monkeypatch.setenv("TOLL_DATA_ROOT", str(tmp_path))
+    paper(
+        "mnist",
+        classes="2",
+        seeds=1,
+        iterations=2,
+        batch_size=3,
+        validate_every=1,
+        validation_size=40,
+        runs=tmp_path / "runs",
+        output=tmp_path / "out.json",
+    )
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["split"] == "drawn"
+    assert [step["step"] for step in record["runs"][0]["trace"]] == [1, 2]
+    lines = record["table"].splitlines()
+    assert lines[2] == "| 0 |  |  |  |  |"  # not run
+    assert lines[4].startswith("| 2 | ")
+    assert "A reduced budget" in record["table"]
+    assert "MemAE 97.5" in record["table"]
+    paper(  # a class that is too small is left out, and said to be
+        "mnist",
+        classes="2",
+        seeds=1,
+        batch_size=50,
+        validation_size=40,
+        runs=tmp_path / "runs",
+        output=tmp_path / "out.json",
+    )
+    assert (
+        "Failed, and left out: class 2: ValueError: batch_size must be at most" in (tmp_path / "out.json").read_text()
+    )
+
+
+def test_table_by_hand():
+    def run(c, seed, *values):
+        chosen = {
+            name: {"step": 20, "total": v} for name, v in zip(("paper", "label-free", "last"), values, strict=True)
+        }
+        return {
+            "configuration": {"class": c, "seed": seed},
+            "protocols": chosen,
+            "seconds": {"training": 3.0},
+            "device": "cpu",
+            "threads": 1,
+        }
+
+    records = [run(0, 0, 0.9, 0.8, 0.7), run(0, 1, 0.8, 0.8, 0.9), run(2, 0, 0.5, 0.6, 0.7), {"error": "x"}]
+    lines = make_table("mnist", protocol.SETTINGS["mnist"], records, authors_split=True).splitlines()
+    assert lines[2] == "| 0 | 85.0 ± 5.0 | 80.0 ± 0.0 | 80.0 ± 10.0 | 2 |"
+    assert lines[3] == "| 1 |  |  |  |  |"
+    assert lines[4] == "| 2 | 50.0 | 60.0 | 70.0 | 1 |"
+    assert lines[12] == "| mean over the 2 that were run | 67.5 | 70.0 | 75.0 | |"
+    assert lines[14].startswith("The authors' full budget: 2000 iterations of 1000, beta 1000")
+
+
+def test_dask_workers_give_what_this_process_gives(arrhythmia, tmp_path, monkeypatch):
+    from dask.distributed import LocalCluster
+
+    monkeypatch.setattr("benchmarks.paper.find_spec", lambda _: None)
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        paper(**arrhythmia, jobs=-1, scheduler=cluster.scheduler_address)
+    theirs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    paper(**arrhythmia | {"runs": tmp_path / "here"})
+    ours = json.loads((tmp_path / "out.json").read_text())["runs"]
+    for there, here in zip(theirs, ours, strict=True):
+        assert there["protocols"] == here["protocols"]
+
+
+def test_rules_choose_by_hand():
+    trace = [
+        {"validation": 0.9, "total": 3.0, "test": 0.1},
+        {"validation": 0.8, "total": 1.0, "test": 0.2},
+        {"validation": 0.7, "total": 2.0, "test": 0.3},
+    ]
+    trace = [step | dict.fromkeys(("reconstruction", "latent", "spread", "tail", "synthetic"), 1.0) for step in trace]
+    chosen = judge(trace)
+    assert chosen["labelled"] == 0.1
+    assert chosen["held-out loss"] == 0.2
+    assert chosen["last step"] == 0.3
+    assert set(chosen) == set(RULES)
+
+
+def test_spliced_samples_are_made_of_two():
+    rng = np.random.default_rng(0)
+    images = torch.arange(6.0)[:, None, None, None].expand(-1, 1, 8, 8)
+    for i, image in enumerate(splice(images, rng)):
+        values = image.unique().tolist()
+        assert i in values
+        assert len(values) <= 2
+        assert (image == i).float().mean() >= 0.75
+    rows = torch.arange(4.0)[:, None].expand(-1, 9)
+    for i, row in enumerate(splice(rows, rng)):
+        assert (row == i).sum() in (6, 9)
+
+
+def test_the_study_runs(tmp_path):
+    write_arrhythmia(tmp_path / "ODDS", tmp_path / "splits")
+    stopping(
+        roots=[tmp_path / "ODDS"],
+        splits=tmp_path / "splits",
+        names=("arrhythmia",),
+        classes=(1,),
+        seeds=1,
+        iterations=30,
+        jobs=1,
+        output=tmp_path / "stopping.json",
+    )
+    record = json.loads((tmp_path / "stopping.json").read_text())
+    assert "digits, beta 0.01" in record["table"]
+    assert "Arrhythmia, authors' network" in record["table"]
+
+
+def test_the_networks_are_those_of_the_settings():
+    assert isinstance(protocol.NETWORKS["dense"](4), DenseAutoencoder)
+    for settings in protocol.SETTINGS.values():
+        assert isinstance(protocol.NETWORKS[settings.network](settings.latent_dim), nn.Module)
