@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers that fight over cores are slower than one
 
 import numpy as np
 import pytest
