@@ -18,12 +18,16 @@ import yaml
 from benchmarks import protocol
 from benchmarks.records import RESULTS, cluster, finish, provenance
 from benchmarks.runs import Runs, run_missing
+from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.image_sets import data_root, read_image_set
 
 DataSet = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "arrhythmia"]
 
 #: Data set, root, the authors' indices, validation size: what :func:`load` reads.
 Source = tuple[DataSet, Path, Path | None, int]
+
+#: Label, configuration and what :func:`_run` takes first.
+Key = tuple[str, dict[str, Any], tuple[Source, str, protocol.Settings, int, int]]
 
 #: Files in the authors' folder "val IDs".
 _SPLITS = {"mnist": "mnist", "fashion_mnist": "fmnist", "cifar10": "cifar10", "cifar100": "cifar100"}
@@ -54,12 +58,10 @@ PUBLISHED = {
     },
 }
 
-#: What the authors' own code gives on Arrhythmia with the same split and seeds 0 to 9, measured once.
-AUTHORS_F1 = "63.8 ± 6.9"
-
 _HEADS = {
     "paper": "labelled choice (the authors')",
     "label-free": "label-free choice",
+    "held-out loss": "lowest held-out loss",
     "last": "last step",
 }
 
@@ -71,7 +73,7 @@ def paper(
     root: Path | None = None,
     splits: Path | None = None,
     seeds: int = 10,
-    classes: str | None = None,
+    classes: str | int | None = None,
     iterations: int = 2000,
     batch_size: int | None = None,
     validate_every: int = 20,
@@ -87,10 +89,12 @@ def paper(
     runs: Path = Path("runs/paper"),
     output: Path | None = None,
 ) -> None:
-    """One of the paper's experiments by the authors' protocol, a label-free choice of the step, and the last step.
+    """One of the paper's experiments: the authors' labelled choice of the step, two without labels, and the last step.
 
-    All three score the same training, whose weights and batches are the authors'. Runs that are
-    finished are kept and not run again, so a killed command goes on where it was.
+    The label-free choice is the step that tells held-out normal samples best from splices of two of
+    them. All score the same training, whose weights and batches are the authors'. Runs that are
+    finished are kept and not run again, so a killed command goes on where it was; failed ones are
+    tried again, and the exit code is 1 while there are any.
 
     Args:
         dataset: Which experiment.
@@ -101,22 +105,31 @@ def paper(
         iterations: Training batches.
         batch_size: By default the authors'.
         validate_every: Iterations between labelled validations.
-        validation_size: Of the validation images, use the first so many.
+        validation_size: Of the 10 000 images that are held out, validate on the first so many.
         beta: By default the authors'.
         latent_dim: By default the authors'.
         lr: By default the authors'.
         bf16: Compute in bfloat16 where torch's autocast does.
-        mode: eval scores the weights again that finished runs kept, without training.
+        mode: eval scores the weights again that finished runs kept, without training, one after the other.
         device: auto, cpu, cuda, cuda:1, ...
         jobs: Runs at a time, also on one GPU; -1 for all cores, or all workers of a cluster.
         scheduler: Address of a Dask scheduler whose workers take the runs; they read root and splits too.
         runs: Where finished runs and their weights are kept.
         output: Where the record goes; benchmarks/results/paper_DATASET.json by default.
     """
-    defaults = protocol.SETTINGS[dataset]
-    given = {"batch_size": batch_size, "beta": beta, "latent_dim": latent_dim, "lr": lr}
+    for name, value in (("seeds", seeds), ("iterations", iterations), ("validate_every", validate_every)):
+        check_integer(name, value, minimum=1)
+    check_integer("validation_size", validation_size, minimum=2)
+    if scheduler is None:
+        protocol.pick_device(device)
+    given = {
+        "batch_size": None if batch_size is None else check_integer("batch_size", batch_size, minimum=1),
+        "beta": None if beta is None else check_finite_float("beta", beta, minimum=0),
+        "latent_dim": None if latent_dim is None else check_integer("latent_dim", latent_dim, minimum=1),
+        "lr": None if lr is None else check_finite_float("lr", lr, minimum=0, exclusive=True),
+    }
     settings = replace(
-        defaults,
+        protocol.SETTINGS[dataset],
         iterations=iterations,
         validate_every=validate_every,
         bf16=bf16,
@@ -125,41 +138,45 @@ def paper(
     chosen = parse_classes(classes, settings.n_classes)
     # Every process reads the files itself: sending them along with each run would cost more.
     source = (dataset, data_root(root).resolve(), splits and splits.resolve(), validation_size)
-    _, drawn = load(*source)
+    _, digest = load(*source)
     kept = Runs(runs / dataset)
-    common = {"dataset": dataset, **asdict(settings), "held_out": drawn, "label_free": protocol.LABEL_FREE}
+    experiment = {"dataset": dataset, **asdict(settings), "validation_size": validation_size}
+    common = experiment | {"data": digest, "version": protocol.VERSION}
     keys = [
-        (f"class{c}_seed{s}", {**common, "class": c, "seed": s}, (source, settings, c, s))
+        (f"class{c}_seed{s}", {**common, "class": c, "seed": s}, (source, digest, settings, c, s))
         for s in range(seeds)
         for c in chosen
     ]
-    record = {"command": "paper", **provenance(), "dataset": dataset, "seeds": seeds, **asdict(settings)}
+    split = "authors" if splits else "drawn"
+    record = {"command": "paper", **provenance(), **experiment, "seeds": seeds, "mode": mode, "split": split}
     if mode == "eval":
-        records = [_again(kept, key, device) for key in keys]
+        records = _again(kept, keys, device)
     else:
-        threads = max(1, protocol.cores() // (jobs if jobs > 0 else protocol.cores()))
+        threads = 1 if scheduler or jobs < 1 else max(1, protocol.cores() // jobs)
         extra = (device, threads, jobs == 1 and scheduler is None)
         with cluster(scheduler):
             calls = [(label, configuration, (*arguments, *extra)) for label, configuration, arguments in keys]
             records = run_missing(kept, _run, calls, jobs, f"paper {dataset}")
     output = output or RESULTS / f"paper_{dataset}.json"
-    table = make_table(dataset, settings, records, splits is not None)
+    table = make_table(record, records)
     failed = sorted({f"class {r['configuration']['class']}: {r['error']}" for r in records if "error" in r})
     if failed:
         table += "\n\nFailed, and left out: " + "; ".join(failed) + "."
-    finish(output, {**record, "split": "authors" if splits else "drawn", "table": table, "runs": _slim(records)})
+    finish(output, {**record, "table": table, "runs": _slim(records)})
     picture = kept.folder / "paper.png"
     plot(dataset, settings, records, picture)
     print(f"\nrecord {output}, plot {picture}, runs and weights {kept.folder}")
+    if failed:
+        raise SystemExit(1)
 
 
-def parse_classes(classes: str | None, count: int) -> list[int]:
+def parse_classes(classes: str | int | None, count: int) -> list[int]:
     """``None``, ``"0-9"``, ``"0,3,8"`` or ``"8"`` as a list."""
     if classes is None:
         return list(range(count))
     found: list[int] = []
     try:
-        for item in classes.split(","):
+        for item in str(classes).split(","):
             first, dash, last = item.partition("-")
             found += range(int(first), int(last if dash else first) + 1)
     except ValueError:
@@ -172,23 +189,26 @@ def parse_classes(classes: str | None, count: int) -> list[int]:
 
 @lru_cache(maxsize=1)
 def load(dataset: DataSet, root: Path, splits: Path | None, validation_size: int) -> tuple[protocol.Arrays, str]:
-    """The arrays of a data set, and a digest of what is held out."""
+    """The arrays of a data set, and their digest."""
     if dataset == "arrhythmia":
         data = protocol.arrhythmia_rows(root, splits)
-        held_out = data["validation_normal"]
     else:
         parts = read_image_set("cifar100_coarse" if dataset == "cifar100" else dataset, root)
         data = {}
         for name, part in zip(("train", "test"), parts, strict=True):
             data |= {f"{name}_images": part.images.numpy(), f"{name}_labels": part.labels.numpy()}
+        count = len(data["train_labels"])
         if splits is None:
-            indices = protocol.draw_validation(len(data["train_labels"]), validation_size)
+            indices = protocol.draw(count)[: min(10_000, count // 2)]
         else:
             indices = np.load(splits / f"10000_val_indices_{_SPLITS[dataset]}.npy")
         # Images that are held out but not used to validate are not trained on either.
         data |= {"val_indices": indices[:validation_size], "held_out": indices}
-        held_out = data["val_indices"]
-    return data, hashlib.sha256(np.ascontiguousarray(held_out).tobytes()).hexdigest()[:10]
+    digest = hashlib.sha256()
+    for name, array in sorted(data.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array))
+    return data, digest.hexdigest()[:16]
 
 
 def _parts(data: protocol.Arrays, settings: protocol.Settings, normal_class: int) -> protocol.Parts:
@@ -196,8 +216,21 @@ def _parts(data: protocol.Arrays, settings: protocol.Settings, normal_class: int
     return make(data, settings, normal_class)
 
 
+def _same(source: Source, digest: str) -> protocol.Arrays:
+    """The arrays, if they are those that the command has read."""
+    data, found = load(*source)
+    if found != digest:
+        load.cache_clear()  # a worker may outlive the files it has read
+        data, found = load(*source)
+    if found != digest:
+        msg = f"{source[0]} in {source[1]} is not what the command was given: its digest is {found}, not {digest}"
+        raise ValueError(msg)
+    return data
+
+
 def _run(
     source: Source,
+    digest: str,
     settings: protocol.Settings,
     normal_class: int,
     seed: int,
@@ -207,7 +240,7 @@ def _run(
 ) -> tuple[dict[str, Any], Any]:
     from tqdm import tqdm
 
-    data, _ = load(*source)
+    data = _same(source, digest)
     bar = tqdm(total=settings.iterations, desc=f"class {normal_class}, seed {seed}", leave=False) if show else None
     with bar or nullcontext():
         result, weights = protocol.train(
@@ -241,23 +274,35 @@ def _detectors(data: protocol.Arrays, iterations: int, seed: int) -> dict[str, f
     return found
 
 
-def _again(kept: Runs, key: tuple[str, dict[str, Any], tuple[Any, ...]], device: str) -> dict[str, Any]:
-    """A finished run with its kept weights scored again."""
-    label, configuration, (source, settings, normal_class, _) = key
-    record = kept.find(label, configuration)
-    if record is None:
-        msg = f"{label} of these settings is not in {kept.folder}: run without mode=eval first"
+def _again(kept: Runs, keys: Sequence[Key], device: str) -> list[dict[str, Any]]:
+    """Finished runs with their kept weights scored again; what is not finished is said.
+
+    Raises:
+        FileNotFoundError: If none is.
+    """
+    found: list[dict[str, Any]] = []
+    missing: list[str] = []
+    for label, configuration, (source, digest, settings, normal_class, _) in keys:
+        record = kept.find(label, configuration)
+        if record is None:
+            missing.append(label)
+            continue
+        parts = _parts(_same(source, digest), settings, normal_class)
+        scored = protocol.score(parts, settings, kept.weights(label, configuration), device)
+        for result in record["protocols"].values():
+            result.update(scored[result["step"]])
+        found.append(record)
+    if missing:
+        print(f"not finished with these settings in {kept.folder}: {', '.join(missing)}")
+    if not found:
+        msg = f"no run of these settings is finished in {kept.folder}: run without mode=eval first"
         raise FileNotFoundError(msg)
-    data, _ = load(*source)
-    found = protocol.score(_parts(data, settings, normal_class), settings, kept.weights(label, configuration), device)
-    for result in record["protocols"].values():
-        result.update(found[result["step"]])
-    return record
+    return found
 
 
 def _slim(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records without what all of a table share; the files of the runs have it whole."""
-    shared = ("configuration", "traceback")
+    shared = ("configuration", "traceback", "weights")
     return [
         {"class": r["configuration"]["class"], "seed": r["configuration"]["seed"]}
         | {name: value for name, value in r.items() if name not in shared}
@@ -273,17 +318,17 @@ def _cell(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
-def make_table(
-    dataset: str, settings: protocol.Settings, records: Sequence[dict[str, Any]], authors_split: bool
-) -> str:
+def make_table(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
     """A line per class, empty where it was not run, and beside it what others published."""
-    done = [record for record in records if "error" not in record]
+    done = [run for run in records if "error" not in run]
+    dataset = record["dataset"]
     if dataset == "arrhythmia":
-        return _arrhythmia_table(settings, done, authors_split)
+        return _arrhythmia_table(record, done)
+    settings = protocol.SETTINGS[dataset]
     by: dict[tuple[str, int], list[float]] = {}
-    for record in done:
-        for name, result in record["protocols"].items():
-            by.setdefault((name, record["configuration"]["class"]), []).append(result["total"])
+    for run in done:
+        for name, result in run["protocols"].items():
+            by.setdefault((name, run["configuration"]["class"]), []).append(result["total"])
     lines = [f"| normal class, test {settings.metric} in % | " + " | ".join(_HEADS.values()) + " | seeds |"]
     lines.append("|---" * (len(_HEADS) + 2) + "|")
     ran = [c for c in range(settings.n_classes) if ("last", c) in by]
@@ -295,7 +340,7 @@ def make_table(
         means = [_cell([statistics.mean(by[name, c]) for c in ran]).split(" ±")[0] for name in _HEADS]
         lines.append(f"| mean over {which} | " + " | ".join(means) + " | |")
     lines.append("")
-    lines.append(_budget(settings, done, authors_split))
+    lines.append(_budget(record, done))
     if dataset in PUBLISHED:
         peers = ", ".join(f"{name} {value:.1f}" for name, value in PUBLISHED[dataset].items())
         lines += [
@@ -305,35 +350,42 @@ def make_table(
     return "\n".join(lines)
 
 
-def _budget(settings: protocol.Settings, done: Sequence[dict[str, Any]], authors_split: bool) -> str:
-    first = done[0] if done else {}
-    held_out = "the authors' validation indices" if authors_split else "validation indices drawn here"
-    authors = protocol.SETTINGS.values()
-    full = any(settings == replace(other, bf16=settings.bf16) for other in authors)
-    budget = "The authors' full budget" if full else "A reduced budget, not the authors'"
-    steps = {name: statistics.median(r["protocols"][name]["step"] for r in done) for name in _HEADS} if done else {}
-    seconds = statistics.median(sum(r["seconds"].values()) for r in done) if done else 0.0
+def _budget(record: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
+    """What was spent, and whether that is what the authors spend."""
+    settings = asdict(protocol.SETTINGS[record["dataset"]])
+    images = record["dataset"] != "arrhythmia"
+    full = all(record[name] == value for name, value in settings.items() if name != "bf16")
+    full = full and (record["validation_size"] >= 10_000 or not images)
+    whose = "the authors'" if record["split"] == "authors" else "drawn"
+    held_out = f"on {min(record['validation_size'], 10_000)} of {whose} 10 000" if images else f"on {whose} rows"
+    text = ("The authors' full budget" if full else "A reduced budget, not the authors'") + (
+        f": {record['iterations']} iterations of {record['batch_size']}, beta {record['beta']:g}, latent size "
+        f"{record['latent_dim']}, learning rate {record['lr']:g}, "
+        f"validated every {record['validate_every']} {held_out}, "
+        f"{'bfloat16 autocast' if record['bf16'] else 'single precision'}"
+    )
+    if not done:
+        return f"{text}."
+    steps = {name: statistics.median(r["protocols"][name]["step"] for r in done) for name in _HEADS}
+    seconds = statistics.median(sum(r["seconds"].values()) for r in done)
+    devices = ", ".join(sorted({f"{r['device']} with {r['threads']} thread(s)" for r in done}))
     return (
-        f"{budget}: {settings.iterations} iterations of {settings.batch_size}, beta {settings.beta:g}, validated every "
-        f"{settings.validate_every}, {held_out}, {'bfloat16 autocast' if settings.bf16 else 'single precision'}; "
-        f"{seconds:.0f} s a run (median) on {first.get('device', '')} with {first.get('threads', '')} thread(s); "
-        f"median step chosen: {steps.get('paper', 0):g} with labels, {steps.get('label-free', 0):g} without."
+        f"{text}; {seconds:.0f} s a run (median) on {devices}; "
+        f"median step chosen: {steps['paper']:g} with labels, {steps['label-free']:g} without."
     )
 
 
-def _arrhythmia_table(settings: protocol.Settings, done: Sequence[dict[str, Any]], authors_split: bool) -> str:
-    lines = ["| how | test F1, % | smallest | largest |", "|---|---|---|---|"]
-    if authors_split and settings == protocol.SETTINGS["arrhythmia"]:
-        lines.append(
-            f"| the authors' own code, their protocol (measured, not by this command) | {AUTHORS_F1} | 53.8 | 69.2 |"
-        )
+def _arrhythmia_table(record: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
+    lines = ["| how | test F1, % | smallest | largest | seeds |", "|---|---|---|---|---|"]
     rows = {head: [r["protocols"][name]["total"] for r in done] for name, head in _HEADS.items()}
-    for name in done[0].get("detectors", {}) if done else ():
-        rows[name] = [r["detectors"][name] for r in done]
+    for run in done:
+        for name, value in run.get("detectors", {}).items():
+            rows.setdefault(name, []).append(value)
     for name, values in rows.items():
         if values:
-            lines.append(f"| {name} | {_cell(values)} | {100 * min(values):.1f} | {100 * max(values):.1f} |")
-    return "\n".join([*lines, "", _budget(settings, done, authors_split)])
+            worst, best = 100 * min(values), 100 * max(values)
+            lines.append(f"| {name} | {_cell(values)} | {worst:.1f} | {best:.1f} | {len(values)} |")
+    return "\n".join([*lines, "", _budget(record, done)])
 
 
 def plot(dataset: str, settings: protocol.Settings, records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -343,17 +395,17 @@ def plot(dataset: str, settings: protocol.Settings, records: Sequence[dict[str, 
     done = [record for record in records if "error" not in record]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for offset, (name, head) in zip((-0.2, 0.0, 0.2), _HEADS.items(), strict=True):
+    for offset, (name, head) in zip((-0.3, -0.1, 0.1, 0.3), _HEADS.items(), strict=True):
         x = [r["configuration"]["class"] + offset for r in done]
         left.plot(x, [100 * r["protocols"][name]["total"] for r in done], "o", label=head, alpha=0.7)
     for record in done:
         steps = [step["step"] for step in record["trace"]]
         colour = f"C{record['configuration']['class'] % 10}"
         middle.plot(steps, [100 * step["validation"] for step in record["trace"]], color=colour, alpha=0.6)
-        right.plot(steps, [step["total"] for step in record["trace"]], color=colour, alpha=0.6)
+        right.plot(steps, [100 - 100 * step["synthetic"] for step in record["trace"]], color=colour, alpha=0.6)
     left.set(xlabel="normal class", ylabel=f"test {settings.metric}, %", title=f"{dataset}: by protocol")
     left.legend(fontsize="small")
     middle.set(xlabel="iteration", ylabel=f"validation {settings.metric}, %", title="with labels")
-    right.set(xlabel="iteration", ylabel="mean score of held-out normal samples", title="without labels", yscale="log")
+    right.set(xlabel="iteration", ylabel="held-out normal against spliced, AUROC in %", title="without labels")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -95,7 +95,17 @@ def finish(path: Path, record: dict[str, Any]) -> None:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write whole or not at all."""
+    with whole(path) as part:
+        part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what becomes ``path`` at the end; an interrupted write leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two commands may write the same file
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

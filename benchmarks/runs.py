@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import as_they_finish, provenance, write_json
+from benchmarks.records import as_they_finish, provenance, whole, write_json
 
 Configuration = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Runs:
         return self.folder / f"{label}_{digest}.json"
 
     def find(self, label: str, configuration: Configuration) -> dict[str, Any] | None:
-        """The record of a run that has finished; ``None`` if there is none, or it failed."""
+        """The record of a run that has finished; ``None`` if there is none, it failed or its weights are gone."""
         path = self.path(label, configuration)
         try:
             record: dict[str, Any] = json.loads(path.read_text())
@@ -39,33 +39,29 @@ class Runs:
         except ValueError as error:
             msg = f"{path} is no record: {error}; delete it to run it again"
             raise ValueError(msg) from error
-        return None if "error" in record else record
+        lost = record.get("weights") and not path.with_suffix(".pt").is_file()
+        return None if "error" in record or lost else record
 
     def weights(self, label: str, configuration: Configuration) -> Any:
-        """The weights kept with a run, on the CPU.
-
-        Raises:
-            FileNotFoundError: If there are none.
-        """
+        """The weights kept with a finished run, on the CPU."""
         import torch
 
         path = self.path(label, configuration).with_suffix(".pt")
-        if not path.is_file():
-            msg = f"no weights {path}: run without mode=eval first"
-            raise FileNotFoundError(msg)
         return torch.load(path, map_location="cpu", weights_only=True)
 
-    def keep(self, label: str, configuration: Configuration, record: dict[str, Any], weights: Any = None) -> None:
-        """Keep a run; the record comes last, so that where it is, the weights are."""
+    def keep(
+        self, label: str, configuration: Configuration, result: dict[str, Any], weights: Any = None
+    ) -> dict[str, Any]:
+        """Keep a run and return its record, which comes last, so that where it is, the weights are."""
         path = self.path(label, configuration)
         if weights is not None:
             import torch
 
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            torch.save(weights, part)
-            part.replace(path.with_suffix(".pt"))
+            with whole(path.with_suffix(".pt")) as part:
+                torch.save(weights, part)
+        record = {"configuration": configuration, "weights": weights is not None, **result}
         write_json(path, record)
+        return record
 
 
 def run_missing(
@@ -90,18 +86,18 @@ def run_missing(
     missing = [i for i, record in enumerate(found) if record is None]
     if len(missing) < len(calls):
         print(f"{len(calls) - len(missing)} of {len(calls)} runs are in {runs.folder} already")
-    begun = provenance()
     work = as_they_finish(_attempt, [(function, calls[i][2]) for i in missing], jobs, what, "run")
     for position, (result, weights) in work:
         i = missing[position]
         label, configuration, _ = calls[i]
-        found[i] = {"configuration": configuration, "provenance": begun, **result}
-        runs.keep(label, configuration, found[i], weights)
+        found[i] = runs.keep(label, configuration, result, weights)
     return [record for record in found if record is not None]
 
 
 def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
+    begun = {"provenance": provenance()}  # of the process that works, which may be on another machine
     try:
-        return function(*arguments)
+        result, weights = function(*arguments)
     except Exception as error:  # noqa: BLE001  one failure must not lose the other runs
-        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}, None
+        return begun | {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}, None
+    return begun | result, weights

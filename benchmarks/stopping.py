@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import protocol
 from benchmarks.protocol import Parts, Settings
 from benchmarks.records import RESULTS, finish, mean_and_error, provenance, run_all
-from benchmarks.tables import SEARCH
+from benchmarks.tables import CHECK, SEARCH
 
 #: How many validated steps a smoothed curve averages.
 WINDOW = 5
@@ -40,24 +40,6 @@ RULES: dict[str, Callable[[list[dict[str, float]], int], float]] = {
 }
 
 
-def splice(samples: Tensor, generator: np.random.Generator) -> Tensor:
-    """Stand-ins for anomalies: each sample with a part of another one, from elsewhere in an image, in a third of a row.
-
-    After CutPaste (arXiv 2104.04015), with another image as the source.
-    """
-    made, others = samples.clone(), samples[generator.permutation(len(samples))]
-    for sample, other in zip(made, others, strict=True):
-        if samples.ndim == 2:
-            columns = generator.permutation(samples.shape[1])[: max(1, samples.shape[1] // 3)]
-            sample[columns] = other[columns]
-            continue
-        height, width = sample.shape[1:]
-        h, w = (int(generator.integers(max(1, side // 4), side // 2 + 1)) for side in (height, width))
-        (top, to), (left, at) = (generator.integers(0, side - cut + 1, 2) for side, cut in ((height, h), (width, w)))
-        sample[:, top : top + h, left : left + w] = other[:, to : to + h, at : at + w]
-    return made
-
-
 def _split(
     samples: Tensor, anomalous: np.ndarray, sizes: tuple[int, int], seed: int, scale: Callable[[Tensor], Tensor]
 ) -> Parts:
@@ -77,7 +59,7 @@ def _split(
         scale=scale,
         sizes=[len(normal) - both],
         trace_test=True,
-        synthetic=splice(samples[normal[:first]], draw),
+        synthetic=protocol.splice(samples[normal[:first]], draw),
     )
 
 
@@ -88,7 +70,7 @@ def _images(name: str, root: Path, normal_class: int, seed: int) -> tuple[Parts,
     part, _ = read_image_set(name, root)  # the test part is not looked at
     mine = part.labels == normal_class
     settings = replace(protocol.SETTINGS[name], batch_size=50, iterations=300, validate_every=15, bf16=True)
-    value_range = contrast_range(part.images[mine] / 255) if settings.scaling == "paper_cifar" else None
+    value_range = contrast_range(part.images[mine].double()) if settings.scaling == "paper_cifar" else None
     scale = protocol.Bytes(ImageScaling(settings.scaling, value_range))
     return _split(part.images, (~mine).numpy(), (300, 300), seed, scale), settings
 
@@ -138,6 +120,12 @@ def _network(settings: Settings, parts: Parts, seed: int) -> nn.Module:
             torch.manual_seed(seed)
             return ConvAutoencoder(8, latent_dim=settings.latent_dim)
     return protocol.initial_network(settings, seed, 0)
+
+
+def _others(roots: list[Path]) -> list[str]:
+    """ADBench's tables, but for those that are kept apart under another name."""
+    stems = sorted(path.stem for folder in roots for path in folder.glob("[0-9]*.npz"))
+    return [stem for stem in stems if stem.split("_", 1)[-1].lower() not in {*CHECK, *SEARCH}]
 
 
 def judge(trace: list[dict[str, float]]) -> dict[str, float]:
@@ -227,7 +215,7 @@ def stopping(
     if roots:
         chosen = names or (
             *SEARCH,
-            *sorted(p.stem for folder in roots for p in folder.glob("[0-9]*.npz")),
+            *_others(roots),
             "arrhythmia",
         )
         calls += [

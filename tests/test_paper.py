@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ from image_files import write_arrhythmia, write_cifar, write_mnist
 from torch import nn
 
 from benchmarks import protocol
-from benchmarks.paper import make_table, paper, parse_classes
+from benchmarks.paper import _same, load, make_table, paper, parse_classes
 from benchmarks.runs import Runs, run_missing
-from benchmarks.stopping import RULES, judge, splice, stopping
-from toll_plugin.core import DenseAutoencoder, DivergenceError
+from benchmarks.stopping import RULES, judge, stopping
+from toll_plugin.core import DenseAutoencoder
 
 DENSE = replace(protocol.SETTINGS["arrhythmia"], iterations=6, validate_every=2, batch_size=8)
 
@@ -100,7 +100,6 @@ def test_loss_and_scores_of_images_by_loops(name, tmp_path, monkeypatch):
         scaled = centred / np.abs(centred).mean(axis=(1, 2, 3), keepdims=True)
         mine = scaled[written["train_labels"] == 4]
         scaled = (scaled - mine.min()) / (mine.max() - mine.min())
-        written["train_images"] = written["train_images"]
     settings = replace(protocol.SETTINGS[name], iterations=1, batch_size=3, validate_every=1)
     held_out = np.array([0, 4, 14, 9])
     data = {key: value[:, None] if value.ndim == 3 else value for key, value in written.items()}
@@ -140,9 +139,11 @@ def test_each_protocol_keeps_the_step_it_chooses():
     first = next(step["step"] for step in trace if step["validation"] == best)
     assert result["protocols"]["paper"]["step"] == first
     lowest = min(trace, key=lambda step: step["total"])["step"]
-    assert result["protocols"]["label-free"]["step"] == lowest
+    assert result["protocols"]["held-out loss"]["step"] == lowest
+    spliced = min(trace, key=lambda step: step["synthetic"])["step"]
+    assert result["protocols"]["label-free"]["step"] == spliced
     assert result["protocols"]["last"]["step"] == 40
-    assert set(weights) == {first, lowest, 40}
+    assert set(weights) == {first, lowest, spliced, 40}
     # Tables are tested at every validation: what was kept scores as it did then.
     for chosen in result["protocols"].values():
         assert chosen["total"] == next(step["test"] for step in trace if step["step"] == chosen["step"])
@@ -150,8 +151,16 @@ def test_each_protocol_keeps_the_step_it_chooses():
     assert again == {c["step"]: {k: c[k] for k in again[c["step"]]} for c in result["protocols"].values()}
 
 
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_part_without_both_kinds_is_refused(part):
+    parts = _parts()
+    setattr(parts, f"{part}_anomalous", np.zeros(17, dtype=bool))
+    with pytest.raises(ValueError, match=f"the {part} part must hold an anomaly and two normal samples, got 0 and 17"):
+        protocol.train(parts, DENSE, 0, 0, device="cpu")
+
+
 def test_a_training_that_diverges_says_so():
-    with pytest.raises(DivergenceError, match="not finite"):
+    with pytest.raises(FloatingPointError, match="not finite: training has diverged"):
         protocol.train(_parts(), replace(DENSE, lr=1e30), 0, 0, device="cpu")
     with pytest.raises(ValueError, match="batch_size must be at most the 30 training samples, got 31"):
         protocol.train(_parts(), replace(DENSE, batch_size=31), 0, 0, device="cpu")
@@ -184,6 +193,26 @@ def test_classes_are_lists_and_ranges():
     for bad in ("10", "a", "3-", "-1", "", "5-4"):
         with pytest.raises(ValueError, match="classes must be like 0-9"):
             parse_classes(bad, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"validate_every": 0}, "validate_every must be at least 1"),
+        ({"validation_size": 1}, "validation_size must be at least 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"beta": -1.0}, "beta must be finite and >= 0"),
+        ({"lr": 0.0}, "lr must be finite and > 0"),
+        ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"device": "gpu"}, "device must be auto or one that torch can use here, got 'gpu'"),
+        ({"classes": "20"}, "classes must be like 0-9"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        paper("mnist", root=tmp_path, **arguments)
 
 
 def _square(x):
@@ -220,8 +249,8 @@ def test_failed_runs_are_recorded_and_tried_again(tmp_path):
     assert "_square" in bad["traceback"]
     assert good["square"] == 4
     assert runs.find("bad", {"x": -1}) is None
-    with pytest.raises(FileNotFoundError, match="run without mode=eval first"):
-        runs.weights("bad", {"x": -1})
+    runs.path("good", {"x": 2}).with_suffix(".pt").unlink()
+    assert runs.find("good", {"x": 2}) is None  # without its weights it is not finished
     runs.path("good", {"x": 2}).write_text("{")
     with pytest.raises(ValueError, match=r"good_.*is no record"):
         run_missing(runs, _square, calls, 1, "test")
@@ -236,20 +265,27 @@ def arrhythmia(tmp_path):
 
 def test_the_command_on_arrhythmia_and_its_evaluation(arrhythmia, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.paper._detectors", lambda *_: {"TollDetector, defaults": 0.5})
-    with pytest.raises(FileNotFoundError, match="class0_seed0 of these settings is not in"):
+    with pytest.raises(FileNotFoundError, match="no run of these settings is finished in"):
         paper(**arrhythmia, mode="eval")
     paper(**arrhythmia)
     first = json.loads((tmp_path / "out.json").read_text())
     assert {"commit", "dirty", "packages", "iterations", "split"} <= set(first)
     assert [(run["class"], run["seed"]) for run in first["runs"]] == [(0, 0), (0, 1)]
-    assert "| TollDetector, defaults | 50.0 ± 0.0 | 50.0 | 50.0 |" in first["table"]
+    assert "| TollDetector, defaults | 50.0 ± 0.0 | 50.0 | 50.0 | 2 |" in first["table"]
     assert (tmp_path / "runs/arrhythmia/paper.png").stat().st_size > 10_000
     assert len(list((tmp_path / "runs/arrhythmia").glob("*.pt"))) == 2
     capsys.readouterr()
     paper(**arrhythmia, mode="eval")
     assert json.loads((tmp_path / "out.json").read_text())["runs"] == first["runs"]
+    paper(**arrhythmia | {"seeds": 3}, mode="eval")
+    assert "class0_seed2" in capsys.readouterr().out  # is said to be missing
     paper(**arrhythmia | {"seeds": 1})
     assert "1 of 1 runs are in" in capsys.readouterr().out
+    # Other data are other runs.
+    write_arrhythmia(tmp_path / "ODDS", tmp_path / "splits", seed=1)
+    load.cache_clear()
+    paper(**arrhythmia | {"seeds": 1})
+    assert "are in" not in capsys.readouterr().out
 
 
 def test_the_command_on_images(tmp_path, monkeypatch):
@@ -270,19 +306,20 @@ def test_the_command_on_images(tmp_path, monkeypatch):
     assert record["split"] == "drawn"
     assert [step["step"] for step in record["runs"][0]["trace"]] == [1, 2]
     lines = record["table"].splitlines()
-    assert lines[2] == "| 0 |  |  |  |  |"  # not run
+    assert lines[2] == "| 0 |  |  |  |  |  |"  # not run
     assert lines[4].startswith("| 2 | ")
     assert "A reduced budget" in record["table"]
     assert "MemAE 97.5" in record["table"]
-    paper(  # a class that is too small is left out, and said to be
-        "mnist",
-        classes="2",
-        seeds=1,
-        batch_size=50,
-        validation_size=40,
-        runs=tmp_path / "runs",
-        output=tmp_path / "out.json",
-    )
+    with pytest.raises(SystemExit, match="1"):  # a class that is too small is left out, and said to be
+        paper(
+            "mnist",
+            classes="2",
+            seeds=1,
+            batch_size=50,
+            validation_size=40,
+            runs=tmp_path / "runs",
+            output=tmp_path / "out.json",
+        )
     assert (
         "Failed, and left out: class 2: ValueError: batch_size must be at most" in (tmp_path / "out.json").read_text()
     )
@@ -290,9 +327,7 @@ def test_the_command_on_images(tmp_path, monkeypatch):
 
 def test_table_by_hand():
     def run(c, seed, *values):
-        chosen = {
-            name: {"step": 20, "total": v} for name, v in zip(("paper", "label-free", "last"), values, strict=True)
-        }
+        chosen = {name: {"step": 20, "total": v} for name, v in zip(protocol.PROTOCOLS, values, strict=True)}
         return {
             "configuration": {"class": c, "seed": seed},
             "protocols": chosen,
@@ -301,13 +336,34 @@ def test_table_by_hand():
             "threads": 1,
         }
 
-    records = [run(0, 0, 0.9, 0.8, 0.7), run(0, 1, 0.8, 0.8, 0.9), run(2, 0, 0.5, 0.6, 0.7), {"error": "x"}]
-    lines = make_table("mnist", protocol.SETTINGS["mnist"], records, authors_split=True).splitlines()
-    assert lines[2] == "| 0 | 85.0 ± 5.0 | 80.0 ± 0.0 | 80.0 ± 10.0 | 2 |"
-    assert lines[3] == "| 1 |  |  |  |  |"
-    assert lines[4] == "| 2 | 50.0 | 60.0 | 70.0 | 1 |"
-    assert lines[12] == "| mean over the 2 that were run | 67.5 | 70.0 | 75.0 | |"
+    records = [
+        run(0, 0, 0.9, 0.8, 0.3, 0.7),
+        run(0, 1, 0.8, 0.8, 0.3, 0.9),
+        run(2, 0, 0.5, 0.6, 0.2, 0.7),
+        {"error": "x"},
+    ]
+    record = {"dataset": "mnist", **asdict(protocol.SETTINGS["mnist"]), "validation_size": 10_000, "split": "authors"}
+    lines = make_table(record, records).splitlines()
+    assert lines[2] == "| 0 | 85.0 ± 5.0 | 80.0 ± 0.0 | 30.0 ± 0.0 | 80.0 ± 10.0 | 2 |"
+    assert lines[3] == "| 1 |  |  |  |  |  |"
+    assert lines[4] == "| 2 | 50.0 | 60.0 | 20.0 | 70.0 | 1 |"
+    assert lines[12] == "| mean over the 2 that were run | 67.5 | 70.0 | 25.0 | 75.0 | |"
     assert lines[14].startswith("The authors' full budget: 2000 iterations of 1000, beta 1000")
+    reduced = make_table(record | {"validation_size": 2000}, []).splitlines()
+    assert reduced[2] == lines[3].replace("1", "0")
+    assert reduced[13].startswith("A reduced budget, not the authors': 2000 iterations")
+    assert reduced[13].endswith("on 2000 of the authors' 10 000, single precision.")  # and no times of no runs
+
+
+@pytest.mark.usefixtures("arrhythmia")
+def test_a_worker_refuses_other_files_than_the_command_has_read(tmp_path):
+    source = ("arrhythmia", tmp_path / "ODDS", tmp_path / "splits", 2)
+    _, digest = load(*source)
+    write_arrhythmia(tmp_path / "ODDS", tmp_path / "splits", seed=1)
+    assert _same(source, digest)  # as it was read
+    load.cache_clear()
+    with pytest.raises(ValueError, match=f"is not what the command was given: its digest is .*, not {digest}"):
+        _same(source, digest)
 
 
 def test_dask_workers_give_what_this_process_gives(arrhythmia, tmp_path, monkeypatch):
@@ -340,13 +396,13 @@ def test_rules_choose_by_hand():
 def test_spliced_samples_are_made_of_two():
     rng = np.random.default_rng(0)
     images = torch.arange(6.0)[:, None, None, None].expand(-1, 1, 8, 8)
-    for i, image in enumerate(splice(images, rng)):
+    for i, image in enumerate(protocol.splice(images, rng)):
         values = image.unique().tolist()
         assert i in values
         assert len(values) <= 2
         assert (image == i).float().mean() >= 0.75
     rows = torch.arange(4.0)[:, None].expand(-1, 9)
-    for i, row in enumerate(splice(rows, rng)):
+    for i, row in enumerate(protocol.splice(rows, rng)):
         assert (row == i).sum() in (6, 9)
 
 
