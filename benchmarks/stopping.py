@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks import protocol
 from benchmarks.protocol import Parts, Settings
-from benchmarks.records import RESULTS, finish, mean_and_error, provenance, run_all
+from benchmarks.records import RESULTS, finish, mean_and_error, provenance
+from benchmarks.runs import Runs, run_missing
 from benchmarks.tables import CHECK, SEARCH
 
 #: How many validated steps a smoothed curve averages.
@@ -138,14 +141,14 @@ def judge(trace: list[dict[str, float]]) -> dict[str, float]:
 
 def _run(
     family: str, load: Callable[..., tuple[Parts, Settings]], arguments: tuple[Any, ...], iterations: int | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], None]:
     seed = arguments[-1]
     parts, settings = load(*arguments)
     settings = replace(settings, iterations=iterations or settings.iterations)
     network = _network(settings, parts, seed)
     result, _ = protocol.train(parts, settings, seed, 0, device="cpu", threads=1, network=network)
     described = [a for a in arguments if isinstance(a, (str, int, float))]
-    return {"family": family, "arguments": described, "chosen": judge(result["trace"]), "trace": result["trace"]}
+    return {"family": family, "arguments": described, "chosen": judge(result["trace"]), "trace": result["trace"]}, None
 
 
 def _table_of(runs: list[dict[str, Any]]) -> str:
@@ -183,6 +186,7 @@ def stopping(
     seeds: int = 2,
     iterations: int | None = None,
     jobs: int = 2,
+    runs: Path = Path("runs/stopping"),
     output: Path = RESULTS / "stopping.json",
 ) -> None:
     """What label-free rules for choosing the step lose in AUROC against the labelled choice.
@@ -200,6 +204,7 @@ def stopping(
         seeds: Splits, each with its own initial weights.
         iterations: Of every run; by default each family has its own number.
         jobs: Processes, one thread each.
+        runs: Where finished runs are kept, with what was measured at every validation.
         output: Where the record goes.
     """
     record = {"command": "stopping", **provenance(), "seeds": seeds}
@@ -227,5 +232,15 @@ def stopping(
         ]
         if "arrhythmia" in chosen:
             calls += [("Arrhythmia, authors' network", _arrhythmia, (roots[0], splits, s)) for s in range(5 * seeds)]
-    runs = run_all(_run, [(*call, iterations) for call in calls], jobs, "stopping", "run")
-    finish(output, {**record, "table": _table_of(runs), "runs": runs})
+    keys = []
+    for family, load, arguments in calls:
+        whole = {"family": family, "arguments": json.loads(json.dumps(arguments, default=str))}
+        label = "_".join([re.sub(r"\W+", "_", family), str(arguments[0 if load is not _arrhythmia else -1])])
+        configuration = {**whole, "iterations": iterations, "window": WINDOW, "version": protocol.VERSION}
+        keys.append((label, configuration, (family, load, arguments, iterations)))
+    kept = run_missing(Runs(runs), _run, keys, jobs, "stopping")
+    failed = [f"{run['configuration']['arguments']}: {run['error']}" for run in kept if "error" in run]
+    done = [{name: run[name] for name in ("family", "arguments", "chosen")} for run in kept if "error" not in run]
+    finish(output, {**record, "table": _table_of(done), "failed": failed, "runs": done})
+    if failed:
+        raise SystemExit(1)

@@ -416,6 +416,7 @@ def test_the_study_runs(tmp_path):
         seeds=1,
         iterations=30,
         jobs=1,
+        runs=tmp_path / "runs",
         output=tmp_path / "stopping.json",
     )
     record = json.loads((tmp_path / "stopping.json").read_text())

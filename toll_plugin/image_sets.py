@@ -74,13 +74,8 @@ def read_image_set(name: ImageSetName, root: str | Path | None = None) -> tuple[
     """
     kind = _kind(name)
     folder, files = _files(kind, root)
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        msg = (
-            f"{kind.__name__} is not complete: {', '.join(missing)} missing in {folder}. {_remedy(kind, root)}, or set "
-            f"root or the environment variable TOLL_DATA_ROOT to the folder that holds {_top(kind)}"
-        )
-        raise FileNotFoundError(msg)
+    if not all((folder / file).is_file() for file in files):
+        raise FileNotFoundError(_missing(kind, root))
     try:
         return _part(kind, name, root, folder, train=True), _part(kind, name, root, folder, train=False)
     except _DAMAGE as error:
@@ -92,16 +87,18 @@ def read_image_set(name: ImageSetName, root: str | Path | None = None) -> tuple[
 def download_image_set(name: ImageSetName, root: str | Path | None = None) -> None:
     """Let torchvision download a set whose files are missing; arguments as :func:`read_image_set`.
 
-    Files that are there are left alone. What goes wrong is left to :func:`read_image_set` to
-    report, which knows more than a failed connection does.
+    Files that are there are left alone.
+
+    Raises:
+        FileNotFoundError: If it failed; it says what to download by hand and where to put it.
     """
     kind = _kind(name)
     folder, files = _files(kind, root)
     if not all((folder / file).is_file() for file in files):
         try:
             kind(str(data_root(root)), download=True)
-        except (OSError, RuntimeError):
-            return
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(_missing(kind, root)) from error
 
 
 def _kind(name: str) -> Any:
@@ -117,6 +114,15 @@ def _files(kind: Any, root: str | Path | None) -> tuple[Path, list[str]]:
         return data_root(root) / kind.__name__ / "raw", [file.removesuffix(".gz") for file, _ in kind.resources]
     files = [file for file, _ in kind.train_list + kind.test_list]
     return data_root(root) / kind.base_folder, [*files, kind.meta["filename"]]
+
+
+def _missing(kind: Any, root: str | Path | None) -> str:
+    folder, files = _files(kind, root)
+    missing = ", ".join(file for file in files if not (folder / file).is_file())
+    return (
+        f"{kind.__name__} is not complete: {missing} missing in {folder}. {_remedy(kind, root)}, or set "
+        f"root or the environment variable TOLL_DATA_ROOT to the folder that holds {_top(kind)}"
+    )
 
 
 def _top(kind: Any) -> str:

@@ -71,8 +71,8 @@ class Toll(AnomalibModule):
         scaling: ``"unit"`` (default, pixels in [0, 1]), ``"imagenet"``, or the authors'
             ``"paper_mnist"``, ``"paper_fashion_mnist"``, ``"paper_cifar"``.
         scaling_range: ``(minimum, maximum)`` for ``"paper_cifar"``, see
-            :func:`toll_plugin.core.contrast_range`. Default: that of the training images, measured
-            when training begins and stored in checkpoints.
+            :func:`toll_plugin.core.contrast_range`. Default: that of the training images as they
+            are loaded, measured when a fit begins and stored in checkpoints.
         restore_best_weights: Use the weights of the lowest ``val_loss``. Default true.
         patience: Validations (epochs, unless the trainer validates less often) without a lower
             ``val_loss`` before training stops, unless the trainer has an ``EarlyStopping`` of its
@@ -249,20 +249,19 @@ class Toll(AnomalibModule):
         return model
 
     def on_fit_start(self) -> None:
-        """Start watching for divergence."""
+        """Start watching for divergence; measure the scaling's range if it was left open."""
         super().on_fit_start()
         self._guard = DivergenceGuard(self.model)
+        if isinstance(self.pre_processor, TollPreProcessor) and self.pre_processor.is_open:
+            self.pre_processor.close(self._measured_range(self.pre_processor))
 
-    def on_train_start(self) -> None:
-        """Measure the scaling's range if it was left open."""
-        super().on_train_start()
-        if not isinstance(self.pre_processor, TollPreProcessor) or not self.pre_processor.is_open:
-            return
-        ranges = [self.pre_processor.measure(batch.image) for batch in self.trainer.train_dataloader]
-        low, high = torch.tensor(ranges, dtype=torch.float64, device=self.device).T
+    def _measured_range(self, pre_processor: TollPreProcessor) -> tuple[float, float]:
+        self.trainer.fit_loop.setup_data()  # before any batch is scaled, so before Lightning does it
+        ranges = [pre_processor.measure(batch.image) for batch in self.trainer.train_dataloader]
+        low, high = torch.tensor(ranges, device=self.trainer.strategy.root_device).T
         # Each process has its share of the images.
         found = self.all_gather(torch.stack([low.min(), -high.max()])).view(-1, 2).amin(dim=0)
-        self.pre_processor.close((float(found[0]), -float(found[1])))
+        return float(found[0]), -float(found[1])
 
     def on_train_epoch_start(self) -> None:
         """Remember the weights in case the epoch diverges."""
@@ -392,6 +391,8 @@ class _StopByValLoss(EarlyStopping):
 
 
 def _size_of(pre_processor: nn.Module | bool) -> tuple[int, int]:
+    if isinstance(pre_processor, TollPreProcessor):
+        return pre_processor.image_size
     transform = getattr(pre_processor, "transform", None)
     size = (1, 1) if transform is None else tuple(transform(torch.zeros(1, 3, 1, 1)).shape[-2:])
     return (256, 256) if size == (1, 1) else size

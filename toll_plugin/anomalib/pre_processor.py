@@ -114,7 +114,7 @@ class TollPreProcessor(PreProcessor):
     def measure(self, images: Tensor) -> tuple[float, float]:
         """Smallest and largest value of a batch before the range is applied, see :func:`contrast_range`."""
         resized: Tensor = self.transform.transforms[0](images)
-        return contrast_range(resized.as_subclass(Tensor))
+        return contrast_range(resized.as_subclass(Tensor).cpu().double())  # some accelerators have no double
 
     def close(self, scaling_range: Sequence[float]) -> None:
         """Set the range that was left open."""
