@@ -28,6 +28,8 @@ def _smoothed(name: str) -> Callable[[list[dict[str, float]], int], float]:
     return lambda trace, i: statistics.mean(step[name] for step in trace[max(0, i - WINDOW + 1) : i + 1])
 
 
+_SPLICED = "AUROC against spliced normal samples"
+
 #: What each rule wants lowest, at validated step i; "labelled" sees anomalies.
 RULES: dict[str, Callable[[list[dict[str, float]], int], float]] = {
     "labelled": lambda trace, i: -trace[i]["validation"],
@@ -37,7 +39,7 @@ RULES: dict[str, Callable[[list[dict[str, float]], int], float]] = {
     "held-out latent norm": lambda trace, i: trace[i]["latent"],
     "spread of held-out scores over their mean": lambda trace, i: trace[i]["spread"],
     "95 % quantile of held-out scores over their median": lambda trace, i: trace[i]["tail"],
-    "AUROC against spliced normal samples": lambda trace, i: trace[i]["synthetic"],
+    _SPLICED: lambda trace, i: trace[i]["synthetic"],
     f"the same, mean of {WINDOW} validations": _smoothed("synthetic"),
     "last step": lambda _, i: -i,
 }
@@ -173,7 +175,12 @@ def _table_of(runs: list[dict[str, Any]]) -> str:
         sign = "" if rule == "labelled" else "+"
         last = "" if rule == "labelled" else f"{worst:+.3f}"
         lines.append(f"| {rule} | " + " | ".join(cells) + f" | {statistics.mean(means):{sign}.4f} | {last} |")
-    return "\n".join(lines)
+    pairs = {family: [run["chosen"] for run in runs if run["family"] == family] for family in families}
+    gaps = [
+        f"{family} {mean_and_error([chosen[_SPLICED] - chosen['held-out loss'] for chosen in mine])}"
+        for family, mine in pairs.items()
+    ]
+    return "\n".join([*lines, "", f"{_SPLICED} minus held-out loss (mean, standard error): {'; '.join(gaps)}."])
 
 
 def stopping(

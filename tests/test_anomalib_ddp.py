@@ -30,7 +30,8 @@ def data():
     return DigitsOneVsRest(8, train_batch_size=32 // processes, eval_batch_size=64, seed=0)
 
 def model():
-    return Toll(image_size=8, in_channels=1, beta=0.1, seed=0, visualizer=False)
+    # Each process sees its share of the images, from which the range of this scaling is measured.
+    return Toll(image_size=8, in_channels=1, beta=0.1, scaling="paper_cifar", seed=0, visualizer=False)
 
 if len(sys.argv) > 3:
     result = engine().test(model(), datamodule=data(), ckpt_path=sys.argv[3], verbose=False)[0]
@@ -38,6 +39,7 @@ else:
     runner = engine()
     runner.fit(model(), datamodule=data())
     result = {k: float(v) for k, v in runner.trainer.callback_metrics.items()}
+    result["low"], result["high"] = runner.model.pre_processor.scaling_range
     result["checkpoint"] = runner.trainer.checkpoint_callback.best_model_path
     result |= runner.test(model=runner.model, datamodule=data(), verbose=False)[0]
 if int(__import__("os").environ.get("LOCAL_RANK", 0)) == 0:
@@ -93,6 +95,7 @@ def run(tmp_path_factory):
 
 def test_two_processes_train_and_test_as_one_does(run):
     one, two = run(1), run(2)
+    assert (two["low"], two["high"]) == (one["low"], one["high"])
     # BatchNorm normalises by each process's half of the batch, so the weights differ a little.
     assert two["image_AUROC"] == pytest.approx(one["image_AUROC"], abs=0.02)
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=0.15)
