@@ -132,8 +132,9 @@ class Bytes:
         self._scaling = scaling
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Scale a batch."""
-        return self._scaling.to(images.device)(images / 255)
+        """Scale a batch, like the authors in double precision where the device has it."""
+        wide = torch.float32 if images.device.type == "mps" else torch.float64
+        return self._scaling.to(images.device)(images.to(wide) / 255).float()
 
 
 def table_parts(data: Arrays, settings: Settings, normal_class: int = 0) -> Parts:

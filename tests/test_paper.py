@@ -108,7 +108,7 @@ def test_loss_and_scores_of_images_by_loops(name, tmp_path, monkeypatch):
     assert parts.sizes == [7, 8, 8, 8, 6]
     assert len(parts.train) == 6
     assert parts.validation_anomalous.tolist() == [True, False, False, True]
-    double = replace(parts, scale=lambda images: parts.scale(images.double()))
+    double = replace(parts, scale=lambda images: parts.scale(images).double())
     network = protocol.initial_network(settings, 0, 4).double()
     rows = np.flatnonzero((written["train_labels"] == 4) & ~np.isin(np.arange(80), held_out))
     (index,) = protocol.batches(parts.sizes, settings)
