@@ -318,7 +318,9 @@ class _Run:
             network.train()
             x = self._scale(parts.train[torch.from_numpy(index).to(self._device)])
             with self._autocast():
-                loss = self._loss(x, *network(x))
+                terms = self._loss.terms(x, *network(x))
+            # The score of the means is the mean of the scores; in this order the authors' loop is met to the last bit.
+            loss = self._loss.score(TollTerms(terms.reconstruction.mean(), terms.latent.mean()))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
