@@ -16,10 +16,10 @@ import numpy as np
 import yaml
 
 from benchmarks import protocol
-from benchmarks.records import RESULTS, cluster, finish, provenance
+from benchmarks.records import cluster, finish, provenance
 from benchmarks.runs import Runs, run_missing
 from toll_plugin.core.checks import check_finite_float, check_integer
-from toll_plugin.image_sets import data_root, read_image_set
+from toll_plugin.image_sets import ImageSetName, data_root, download_image_set, read_image_set
 
 DataSet = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "arrhythmia"]
 
@@ -98,7 +98,8 @@ def paper(
 
     Args:
         dataset: Which experiment.
-        root: Folder that holds the data; TOLL_DATA_ROOT or ./datasets by default. Images lie as torchvision has them.
+        root: Folder that holds the data; TOLL_DATA_ROOT or ./datasets by default. Images lie as torchvision has
+            them, which downloads missing ones.
         splits: Folder with the authors' indices ("val IDs" in their repository); by default as many are drawn.
         seeds: Initial weights 0, 1, ...
         classes: Normal classes, as 0-9 or 0,3,8; all by default.
@@ -115,11 +116,14 @@ def paper(
         jobs: Runs at a time, also on one GPU; -1 for all cores, or all workers of a cluster.
         scheduler: Address of a Dask scheduler whose workers take the runs; they read root and splits too.
         runs: Where finished runs and their weights are kept.
-        output: Where the record goes; benchmarks/results/paper_DATASET.json by default.
+        output: Where the record goes; record.json beside the runs by default.
     """
     for name, value in (("seeds", seeds), ("iterations", iterations), ("validate_every", validate_every)):
         check_integer(name, value, minimum=1)
     check_integer("validation_size", validation_size, minimum=2)
+    if jobs == 0:
+        msg = "jobs must not be 0; -1 is one for each core"
+        raise ValueError(msg)
     if scheduler is None:
         protocol.pick_device(device)
     given = {
@@ -137,9 +141,14 @@ def paper(
     )
     chosen = parse_classes(classes, settings.n_classes)
     # Every process reads the files itself: sending them along with each run would cost more.
-    source = (dataset, data_root(root).resolve(), splits and splits.resolve(), validation_size)
-    _, digest = load(*source)
+    source = (dataset, data_root(root).resolve(), splits and splits.expanduser().resolve(), validation_size)
     kept = Runs(runs / dataset)
+    output = output or kept.folder / "record.json"
+    for folder in (kept.folder, output.parent):
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before hours of work
+    if dataset != "arrhythmia":
+        download_image_set(_image_set(dataset), source[1])
+    _, digest = load(*source)
     experiment = {"dataset": dataset, **asdict(settings), "validation_size": validation_size}
     common = experiment | {"data": digest, "version": protocol.VERSION}
     keys = [
@@ -152,19 +161,19 @@ def paper(
     if mode == "eval":
         records = _again(kept, keys, device)
     else:
-        threads = 1 if scheduler or jobs < 1 else max(1, protocol.cores() // jobs)
+        threads = 1 if scheduler or jobs < 1 else protocol.threads_each(jobs)
         extra = (device, threads, jobs == 1 and scheduler is None)
         with cluster(scheduler):
             calls = [(label, configuration, (*arguments, *extra)) for label, configuration, arguments in keys]
             records = run_missing(kept, _run, calls, jobs, f"paper {dataset}")
-    output = output or RESULTS / f"paper_{dataset}.json"
     table = make_table(record, records)
     failed = sorted({f"class {r['configuration']['class']}: {r['error']}" for r in records if "error" in r})
     if failed:
         table += "\n\nFailed, and left out: " + "; ".join(failed) + "."
     finish(output, {**record, "table": table, "runs": _slim(records)})
     picture = kept.folder / "paper.png"
-    plot(dataset, settings, records, picture)
+    if len(failed) < len(records):
+        plot(dataset, settings, records, picture)
     print(f"\nrecord {output}, plot {picture}, runs and weights {kept.folder}")
     if failed:
         raise SystemExit(1)
@@ -187,13 +196,17 @@ def parse_classes(classes: str | int | None, count: int) -> list[int]:
     return sorted(set(found))
 
 
+def _image_set(dataset: DataSet) -> ImageSetName:
+    return "cifar100_coarse" if dataset == "cifar100" else dataset
+
+
 @lru_cache(maxsize=1)
 def load(dataset: DataSet, root: Path, splits: Path | None, validation_size: int) -> tuple[protocol.Arrays, str]:
     """The arrays of a data set, and their digest."""
     if dataset == "arrhythmia":
         data = protocol.arrhythmia_rows(root, splits)
     else:
-        parts = read_image_set("cifar100_coarse" if dataset == "cifar100" else dataset, root)
+        parts = read_image_set(_image_set(dataset), root)
         data = {}
         for name, part in zip(("train", "test"), parts, strict=True):
             data |= {f"{name}_images": part.images.numpy(), f"{name}_labels": part.labels.numpy()}
@@ -252,7 +265,10 @@ def _run(
             threads=threads,
             on_iteration=bar.update if bar else lambda: None,
         )
-    if source[0] == "arrhythmia" and find_spec("pyod"):
+    authors = protocol.SETTINGS["arrhythmia"]
+    if replace(settings, iterations=authors.iterations, validate_every=authors.validate_every) == authors and find_spec(
+        "pyod"
+    ):
         result["detectors"] = _detectors(data, settings.iterations, seed)
     return result, weights
 
@@ -336,17 +352,15 @@ def make_table(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str
         count = str(len(by["last", c])) if c in ran else ""
         lines.append(f"| {c} | " + " | ".join(_cell(by.get((name, c), [])) for name in _HEADS) + f" | {count} |")
     if ran:
-        which = "all" if len(ran) == settings.n_classes else f"the {len(ran)} that were run"
+        which = "all classes" if len(ran) == settings.n_classes else f"the classes that were run ({len(ran)})"
         means = [_cell([statistics.mean(by[name, c]) for c in ran]).split(" ±")[0] for name in _HEADS]
         lines.append(f"| mean over {which} | " + " | ".join(means) + " | |")
     lines.append("")
     lines.append(_budget(record, done))
     if dataset in PUBLISHED:
         peers = ", ".join(f"{name} {value:.1f}" for name, value in PUBLISHED[dataset].items())
-        lines += [
-            "",
-            f"Published by others, not measured here, mean over all classes, each by its own selection: {peers}.",
-        ]
+        text = "Published by others, not measured here, each by its own selection; means over all classes, so not to be"
+        lines += ["", f"{text} compared with a mean over some: {peers}."]
     return "\n".join(lines)
 
 
@@ -389,23 +403,37 @@ def _arrhythmia_table(record: dict[str, Any], done: Sequence[dict[str, Any]]) ->
 
 
 def plot(dataset: str, settings: protocol.Settings, records: Sequence[dict[str, Any]], path: Path) -> None:
-    """What each protocol scores per class, and how the metric and the held-out loss move with the iterations."""
+    """The test metric by class and choice of the step, and what the labelled and the label-free choice go by."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     done = [record for record in records if "error" not in record]
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    unit = "seed" if dataset == "arrhythmia" else "class"
+    values = sorted({record["configuration"][unit] for record in done})
+    colours = {value: f"C{i % 10}" for i, value in enumerate(values)}
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for offset, (name, head) in zip((-0.3, -0.1, 0.1, 0.3), _HEADS.items(), strict=True):
-        x = [r["configuration"]["class"] + offset for r in done]
-        left.plot(x, [100 * r["protocols"][name]["total"] for r in done], "o", label=head, alpha=0.7)
-    for record in done:
-        steps = [step["step"] for step in record["trace"]]
-        colour = f"C{record['configuration']['class'] % 10}"
-        middle.plot(steps, [100 * step["validation"] for step in record["trace"]], color=colour, alpha=0.6)
-        right.plot(steps, [100 - 100 * step["synthetic"] for step in record["trace"]], color=colour, alpha=0.6)
-    left.set(xlabel="normal class", ylabel=f"test {settings.metric}, %", title=f"{dataset}: by protocol")
+    places = zip((-0.24, -0.08, 0.08, 0.24), "o^sD", _HEADS.items(), strict=True)
+    for offset, marker, (name, head) in places:
+        x = [record["configuration"][unit] + offset for record in done]
+        y = [100 * record["protocols"][name]["total"] for record in done]
+        left.plot(x, y, marker, color="0.35", fillstyle="none" if marker == "o" else "full", label=head, alpha=0.7)
+    panels = ((middle, "paper", "validation", 1), (right, "label-free", "synthetic", -1))
+    for panel, name, key, sign in panels:
+        for record in done:
+            found = {step["step"]: 100 * (step[key] if sign > 0 else 1 - step[key]) for step in record["trace"]}
+            colour = colours[record["configuration"][unit]]
+            panel.plot(list(found), list(found.values()), ".-", color=colour, alpha=0.5)
+            chosen = record["protocols"][name]["step"]
+            panel.plot([chosen], [found[chosen]], "*", color=colour, markersize=12)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for value in values[:10]:
+        middle.plot([], [], color=colours[value], label=f"{unit} {value}")
+    left.set(xlabel=f"normal {unit}" if unit == "class" else unit, ylabel=f"test {settings.metric}, %", title=dataset)
+    left.set_xticks(values)
     left.legend(fontsize="small")
-    middle.set(xlabel="iteration", ylabel=f"validation {settings.metric}, %", title="with labels")
-    right.set(xlabel="iteration", ylabel="held-out normal against spliced, AUROC in %", title="without labels")
+    middle.set(xlabel="iteration", ylabel=f"validation {settings.metric}, %", title="labelled choice (star)")
+    middle.legend(fontsize="small")
+    right.set(xlabel="iteration", ylabel="AUROC against spliced samples, %", title="label-free choice (star)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

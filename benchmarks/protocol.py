@@ -439,6 +439,7 @@ def arrhythmia_rows(root: Path, splits: Path | None) -> Arrays:
     return parts
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads_each(jobs: int) -> int:
+    """Threads of each of several runs at a time, at most those that torch would take (``OMP_NUM_THREADS``)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // jobs, torch.get_num_threads()))

@@ -176,7 +176,16 @@ def test_bad_indices(indices):
         Squares(2, val_indices=indices).setup()
 
 
-def test_indices_that_leave_nothing_to_train_on():
+def test_indices_may_be_of_any_integer_type():
+    assert _split(Squares(2, val_indices=np.array([2, 3], dtype=np.uint64)))["val"] == {(2, False)}
+
+
+def test_indices_that_leave_nothing_to_train_on_or_to_validate(tmp_path):
+    (tmp_path / "text.npy").write_text("1 2 3")
+    with pytest.raises(ValueError, match=r"val_indices must be integers or a .npy file of them, got .*text.npy"):
+        Squares(2, val_indices=tmp_path / "text.npy").setup()
+    with pytest.raises(ValueError, match="val_indices must hold an image of class 2, got none among 2"):
+        Squares(2, val_indices=[1, 3]).setup()
     with pytest.raises(ValueError, match="hold out fewer val_indices"):
         Squares(2, val_indices=list(range(80))).setup()
     with pytest.raises(FileNotFoundError):

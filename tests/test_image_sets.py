@@ -40,6 +40,8 @@ def test_where_data_lie(monkeypatch, tmp_path):
     monkeypatch.setenv("TOLL_DATA_ROOT", str(tmp_path))
     assert data_root() == tmp_path
     assert str(data_root("here")) == "here"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data_root("~/data") == tmp_path / "data"
     write_mnist(tmp_path)
     assert len(read_image_set("mnist")[1].labels) == 40
 

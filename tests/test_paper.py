@@ -207,6 +207,7 @@ def test_classes_are_lists_and_ranges():
         ({"lr": 0.0}, "lr must be finite and > 0"),
         ({"latent_dim": 0}, "latent_dim must be at least 1"),
         ({"device": "gpu"}, "device must be auto or one that torch can use here, got 'gpu'"),
+        ({"jobs": 0}, "jobs must not be 0"),
         ({"classes": "20"}, "classes must be like 0-9"),
     ],
 )
@@ -347,7 +348,7 @@ def test_table_by_hand():
     assert lines[2] == "| 0 | 85.0 ± 5.0 | 80.0 ± 0.0 | 30.0 ± 0.0 | 80.0 ± 10.0 | 2 |"
     assert lines[3] == "| 1 |  |  |  |  |  |"
     assert lines[4] == "| 2 | 50.0 | 60.0 | 20.0 | 70.0 | 1 |"
-    assert lines[12] == "| mean over the 2 that were run | 67.5 | 70.0 | 25.0 | 75.0 | |"
+    assert lines[12] == "| mean over the classes that were run (2) | 67.5 | 70.0 | 25.0 | 75.0 | |"
     assert lines[14].startswith("The authors' full budget: 2000 iterations of 1000, beta 1000")
     reduced = make_table(record | {"validation_size": 2000}, []).splitlines()
     assert reduced[2] == lines[3].replace("1", "0")

@@ -23,9 +23,11 @@ SMALL = {
     "python -m benchmarks overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
     "python -m benchmarks imports": " --repeats 1",
     "python -m benchmarks tables '[\"ODDS\"]'": " --names [small] --seeds 1 --methods [TollDetector,KNN] --jobs 1",
-    "python -m benchmarks paper --dataset arrhythmia --root ODDS --splits splits --jobs 2": (
-        " --seeds 1 --iterations 40 --jobs 1"
-    ),
+    **{
+        line: " --seeds 1 --iterations 40 --jobs 1"
+        for _, code in BLOCKS
+        if (line := code.strip()).startswith("python -m benchmarks paper --dataset arrhythmia")
+    },
     "python -m benchmarks mixin --mvtec MVTecAD --roots '[\"ODDS\"]'": (
         " --categories [part] --names [small] --classes [8] --hosts [Ganomaly,AutoEncoder] --strengths [1]"
         " --seeds 1 --epochs 1 --jobs 1"

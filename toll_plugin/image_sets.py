@@ -49,7 +49,7 @@ def data_root(root: str | Path | None = None) -> Path:
         >>> str(data_root("/data"))
         '/data'
     """
-    return Path(root or os.environ.get("TOLL_DATA_ROOT") or "datasets")
+    return Path(root or os.environ.get("TOLL_DATA_ROOT") or "datasets").expanduser()
 
 
 def read_image_set(name: ImageSetName, root: str | Path | None = None) -> tuple[LabelledImages, LabelledImages]:
@@ -64,7 +64,8 @@ def read_image_set(name: ImageSetName, root: str | Path | None = None) -> tuple[
 
     Raises:
         FileNotFoundError: If files are missing; it says what to download and where to put it.
-        ValueError: If a file is damaged, or the name is unknown.
+        ValueError: If a file is damaged (the CIFARs have checksums, of the others the structure is
+            looked at), or the name is unknown.
 
     Example:
         >>> read_image_set("mnist", "/nowhere")
@@ -79,7 +80,7 @@ def read_image_set(name: ImageSetName, root: str | Path | None = None) -> tuple[
     try:
         return _part(kind, name, root, folder, train=True), _part(kind, name, root, folder, train=False)
     except _DAMAGE as error:
-        what = _wrong_checksums(kind, folder) or error
+        what = _wrong_checksums(kind, folder) or repr(error)
         msg = f"{kind.__name__} is damaged in {folder} ({what}): delete it. {_remedy(kind, root)}"
         raise ValueError(msg) from error
 

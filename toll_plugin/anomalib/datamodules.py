@@ -135,6 +135,9 @@ class OneVsRest(AnomalibDataModule):
         n_test = 0 if test is not None else max(1, round(self.test_ratio * len(normals)))
         n_val = max(1, round(self.val_ratio * len(normals))) if self.val_ratio > 0 else 0
         val_normals, others = split(normals, n_test, n_val)
+        if held_out is not None and len(val_normals) == 0:
+            msg = f"val_indices must hold an image of class {self.normal_class}, got none among {int(held_out.sum())}"
+            raise ValueError(msg)
         if len(others) <= n_test:
             msg = (
                 f"no training image is left of the {len(normals)} of class {self.normal_class}: lower the ratios"
@@ -207,13 +210,20 @@ class OneVsRest(AnomalibDataModule):
 
 def _positions(indices: str | Path | Sequence[int], count: int) -> Tensor:
     """Mask of the positions among ``count`` that are named by integers or by a file of them."""
-    values = np.load(indices) if isinstance(indices, (str, Path)) else np.asarray(indices)
+    shown = repr(indices)
+    if isinstance(indices, (str, Path)):
+        try:
+            indices = np.load(indices)
+        except ValueError as error:
+            msg = f"val_indices must be integers or a .npy file of them, got {shown}: {error}"
+            raise ValueError(msg) from error
+    values = np.asarray(indices)
     fits = values.ndim == 1 and np.issubdtype(values.dtype, np.integer) and len(np.unique(values)) == len(values)
     if not fits or len(values) == 0 or values.min() < 0 or values.max() >= count:
-        msg = f"val_indices must be distinct integers from 0 to {count - 1}, got {indices!r} with shape {values.shape}"
+        msg = f"val_indices must be distinct integers from 0 to {count - 1}, got {shown} with shape {values.shape}"
         raise ValueError(msg)
     mask = torch.zeros(count, dtype=torch.bool)
-    mask[torch.from_numpy(values)] = True
+    mask[torch.from_numpy(values.astype(np.int64))] = True
     return mask
 
 
@@ -248,10 +258,10 @@ class ImageSetOneVsRest(OneVsRest):
     Images stay in memory as bytes, 55 MB for MNIST, 185 MB for a CIFAR.
 
     Args:
-        root: What torchvision calls by this name: the folder that holds ``MNIST/raw``,
-            ``FashionMNIST/raw``, ``cifar-10-batches-py`` or ``cifar-100-python``. Default: the
-            environment variable ``TOLL_DATA_ROOT``, else anomalib's ``./datasets``.
-        normal_class: As for :class:`OneVsRest`, and so are the other arguments.
+        root: Folder that holds ``MNIST/raw``, ``FashionMNIST/raw``, ``cifar-10-batches-py`` or
+            ``cifar-100-python``, torchvision's ``root``. Default: the environment variable
+            ``TOLL_DATA_ROOT``, else anomalib's ``./datasets``.
+        normal_class: The class that is normal, from 0; all others are anomalous. Default 0.
         train_batch_size: Images per training step. Default 32.
         eval_batch_size: Images per evaluation step. Default 256.
         num_workers: Data loader processes. Default 0: the images are in memory.
@@ -363,7 +373,8 @@ class CIFAR100OneVsRest(ImageSetOneVsRest):
     """CIFAR-100: 32x32 in colour, 20 superclasses of 2500 training images or 100 classes of 500.
 
     Args:
-        *args: As for :class:`ImageSetOneVsRest`.
+        root: As for :class:`ImageSetOneVsRest`.
+        normal_class: 0 to 19, or 0 to 99 with fine labels. Default 0.
         class_labels: What ``normal_class`` counts: ``"coarse"`` (default, the superclasses of the paper)
             or ``"fine"``.
         **kwargs: As for :class:`ImageSetOneVsRest`.
@@ -375,7 +386,13 @@ class CIFAR100OneVsRest(ImageSetOneVsRest):
         FileNotFoundError: CIFAR100 is not complete: ...
     """
 
-    def __init__(self, *args: Any, class_labels: Literal["coarse", "fine"] = "coarse", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        normal_class: int = 0,
+        class_labels: Literal["coarse", "fine"] = "coarse",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(root, normal_class, **kwargs)
         check_option("class_labels", class_labels, ("coarse", "fine"))
         self._set = "cifar100" if class_labels == "fine" else "cifar100_coarse"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from itertools import islice
@@ -35,6 +36,8 @@ from toll_plugin.core.modes import batch_norm_fits, evaluating
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
 
 __all__ = ["Toll"]
+
+_logger = logging.getLogger(__name__)
 
 _OWN_NETWORK = "toll_own_network"
 _TRAIN_LOGS = ("train_loss", "train_reconstruction", "train_latent")
@@ -72,7 +75,7 @@ class Toll(AnomalibModule):
             ``"paper_mnist"``, ``"paper_fashion_mnist"``, ``"paper_cifar"``.
         scaling_range: ``(minimum, maximum)`` for ``"paper_cifar"``, see
             :func:`toll_plugin.core.contrast_range`. Default: that of the training images as they
-            are loaded, measured when a fit begins and stored in checkpoints.
+            are loaded, measured when the first fit begins, logged, stored in checkpoints and kept.
         restore_best_weights: Use the weights of the lowest ``val_loss``. Default true.
         patience: Validations (epochs, unless the trainer validates less often) without a lower
             ``val_loss`` before training stops, unless the trainer has an ``EarlyStopping`` of its
@@ -254,6 +257,7 @@ class Toll(AnomalibModule):
         self._guard = DivergenceGuard(self.model)
         if isinstance(self.pre_processor, TollPreProcessor) and self.pre_processor.is_open:
             self.pre_processor.close(self._measured_range(self.pre_processor))
+            _logger.info("scaling_range of the training images: %s", self.pre_processor.scaling_range)
 
     def _measured_range(self, pre_processor: TollPreProcessor) -> tuple[float, float]:
         self.trainer.fit_loop.setup_data()  # before any batch is scaled, so before Lightning does it
