@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ import yaml
 
 from benchmarks import protocol
 from benchmarks.records import cluster, finish, provenance
-from benchmarks.runs import Runs, run_missing
+from benchmarks.runs import Progress, Runs, run_missing
 from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.image_sets import ImageSetName, data_root, download_image_set, read_image_set
 
@@ -118,26 +117,19 @@ def paper(
         runs: Where finished runs and their weights are kept.
         output: Where the record goes; record.json beside the runs by default.
     """
-    for name, value in (("seeds", seeds), ("iterations", iterations), ("validate_every", validate_every)):
-        check_integer(name, value, minimum=1)
+    check_integer("seeds", seeds, minimum=1)
     check_integer("validation_size", validation_size, minimum=2)
     if jobs == 0:
         msg = "jobs must not be 0; -1 is one for each core"
         raise ValueError(msg)
     if scheduler is None:
         protocol.pick_device(device)
-    given = {
-        "batch_size": None if batch_size is None else check_integer("batch_size", batch_size, minimum=1),
-        "beta": None if beta is None else check_finite_float("beta", beta, minimum=0),
-        "latent_dim": None if latent_dim is None else check_integer("latent_dim", latent_dim, minimum=1),
-        "lr": None if lr is None else check_finite_float("lr", lr, minimum=0, exclusive=True),
-    }
     settings = replace(
         protocol.SETTINGS[dataset],
-        iterations=iterations,
-        validate_every=validate_every,
+        iterations=check_integer("iterations", iterations, minimum=1),
+        validate_every=check_integer("validate_every", validate_every, minimum=1),
         bf16=bf16,
-        **{name: value for name, value in given.items() if value is not None},
+        **_given(batch_size=batch_size, beta=beta, latent_dim=latent_dim, lr=lr),
     )
     chosen = parse_classes(classes, settings.n_classes)
     # Every process reads the files itself: sending them along with each run would cost more.
@@ -162,9 +154,11 @@ def paper(
         records = _again(kept, keys, device)
     else:
         threads = 1 if scheduler or jobs < 1 else protocol.threads_each(jobs)
-        extra = (device, threads, jobs == 1 and scheduler is None)
+        calls = []
+        for label, configuration, arguments in keys:
+            told = kept.path(label, configuration).with_suffix(Progress.suffix).resolve()
+            calls.append((label, configuration, (*arguments, device, threads, told)))
         with cluster(scheduler):
-            calls = [(label, configuration, (*arguments, *extra)) for label, configuration, arguments in keys]
             records = run_missing(kept, _run, calls, jobs, f"paper {dataset}")
     table = make_table(record, records)
     failed = sorted({f"class {r['configuration']['class']}: {r['error']}" for r in records if "error" in r})
@@ -177,6 +171,18 @@ def paper(
     print(f"\nrecord {output}, plot {picture}, runs and weights {kept.folder}")
     if failed:
         raise SystemExit(1)
+
+
+def _given(batch_size: int | None, beta: float | None, latent_dim: int | None, lr: float | None) -> dict[str, Any]:
+    """What replaces the authors' settings."""
+    given: dict[str, Any] = {}
+    for name, size in (("batch_size", batch_size), ("latent_dim", latent_dim)):
+        if size is not None:
+            given[name] = check_integer(name, size, minimum=1)
+    for name, number in (("beta", beta), ("lr", lr)):
+        if number is not None:
+            given[name] = check_finite_float(name, number, minimum=0, exclusive=name == "lr")
+    return given
 
 
 def parse_classes(classes: str | int | None, count: int) -> list[int]:
@@ -249,22 +255,18 @@ def _run(
     seed: int,
     device: str,
     threads: int,
-    show: bool,
+    told: Path,
 ) -> tuple[dict[str, Any], Any]:
-    from tqdm import tqdm
-
     data = _same(source, digest)
-    bar = tqdm(total=settings.iterations, desc=f"class {normal_class}, seed {seed}", leave=False) if show else None
-    with bar or nullcontext():
-        result, weights = protocol.train(
-            _parts(data, settings, normal_class),
-            settings,
-            seed,
-            normal_class,
-            device=device,
-            threads=threads,
-            on_iteration=bar.update if bar else lambda: None,
-        )
+    result, weights = protocol.train(
+        _parts(data, settings, normal_class),
+        settings,
+        seed,
+        normal_class,
+        device=device,
+        threads=threads,
+        on_iteration=Progress(told, settings.iterations),
+    )
     authors = protocol.SETTINGS["arrhythmia"]
     if replace(settings, iterations=authors.iterations, validate_every=authors.validate_every) == authors and find_spec(
         "pyod"

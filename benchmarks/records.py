@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -51,9 +52,18 @@ def run_all(function: Callable[..., Any], calls: list[tuple[Any, ...]], jobs: in
 
 
 def as_they_finish(
-    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs: int, what: str, unit: str
+    function: Callable[..., Any],
+    calls: Iterable[tuple[Any, ...]],
+    jobs: int,
+    what: str,
+    unit: str,
+    under_way: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[tuple[int, Any]]:
-    """Position and result of each of ``calls``, the first to finish first, on joblib's backend of the moment."""
+    """Position and result of each of ``calls``, the first to finish first, on joblib's backend of the moment.
+
+    The bar counts ``under_way``, how many calls' worth of work the unfinished ones have done, so that
+    the time left is known before the first is finished.
+    """
     from joblib import Parallel, delayed
     from tqdm import tqdm
 
@@ -61,7 +71,27 @@ def as_they_finish(
     work = Parallel(jobs, return_as="generator_unordered")(
         delayed(_numbered)(function, i, call) for i, call in enumerate(calls)
     )
-    yield from tqdm(work, total=len(calls), desc=what, unit=unit, smoothing=0)
+    done, over = 0, threading.Event()
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]"
+    with tqdm(total=len(calls), desc=what, unit=unit, smoothing=0, bar_format=shape) as bar:
+
+        def show() -> None:
+            while not over.wait(1):
+                n = done + min(under_way(), len(calls) - done)
+                if n != bar.n:
+                    bar.n = n
+                    bar.refresh()
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            for found in work:
+                done += 1
+                yield found
+        finally:
+            over.set()
+            thread.join()
+            bar.n = done
 
 
 def _numbered(function: Callable[..., Any], i: int, call: tuple[Any, ...]) -> tuple[int, Any]:

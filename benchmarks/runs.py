@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +66,36 @@ class Runs:
         return record
 
 
+class Progress:
+    """How far a run is, told every second through a file that the command reads.
+
+    Args:
+        path: The file; :func:`run_missing` looks for it beside the run's own, with this suffix.
+        total: Steps of the run.
+    """
+
+    suffix = ".progress"
+
+    def __init__(self, path: Path, total: int) -> None:
+        self._path, self._total, self._count, self._told = path, total, 0, time.monotonic()
+
+    def __call__(self) -> None:
+        """Count a step."""
+        self._count += 1
+        if time.monotonic() - self._told >= 1:
+            self._told = time.monotonic()
+            with contextlib.suppress(OSError):  # a worker elsewhere may not have the folder
+                self._path.write_text(f"{self._count / self._total:.4f}")
+
+    @staticmethod
+    def read(path: Path) -> float:
+        """The share that is done, 0 where nothing is known."""
+        try:
+            return float(path.read_text())
+        except (OSError, ValueError):  # none, or half written
+            return 0.0
+
+
 def run_missing(
     runs: Runs,
     function: Callable[..., tuple[dict[str, Any], Any]],
@@ -86,11 +118,22 @@ def run_missing(
     missing = [i for i, record in enumerate(found) if record is None]
     if len(missing) < len(calls):
         print(f"{len(calls) - len(missing)} of {len(calls)} runs are in {runs.folder} already")
-    work = as_they_finish(_attempt, [(function, calls[i][2]) for i in missing], jobs, what, "run")
+    told = {i: runs.path(*calls[i][:2]).with_suffix(Progress.suffix) for i in missing}
+    for path in told.values():
+        path.unlink(missing_ok=True)  # of a command that was killed
+    work = as_they_finish(
+        _attempt,
+        [(function, calls[i][2]) for i in missing],
+        jobs,
+        what,
+        "run",
+        lambda: sum(map(Progress.read, list(told.values()))),
+    )
     for position, (result, weights) in work:
         i = missing[position]
         label, configuration, _ = calls[i]
         found[i] = runs.keep(label, configuration, result, weights)
+        told.pop(i).unlink(missing_ok=True)
     return [record for record in found if record is not None]
 
 

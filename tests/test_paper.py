@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import protocol
 from benchmarks.paper import _same, load, make_table, paper, parse_classes
-from benchmarks.runs import Runs, run_missing
+from benchmarks.runs import Progress, Runs, run_missing
 from benchmarks.stopping import RULES, judge, stopping
 from toll_plugin.core import DenseAutoencoder
 
@@ -240,6 +240,25 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     assert ran == [(4,)]
     # The label alone does not make it the same run.
     assert runs.find("run2", {"x": 2, "beta": 1}) is None
+
+
+def test_the_bar_knows_how_far_unfinished_runs_are(tmp_path):
+    told = Progress(tmp_path / "run.progress", 8)
+    told()
+    assert Progress.read(tmp_path / "run.progress") == 0  # not every step is told
+    told._told -= 1
+    told()
+    told()
+    assert Progress.read(tmp_path / "run.progress") == 0.25
+    Progress(tmp_path / "nowhere/run.progress", 1)()
+    (tmp_path / "run.progress").write_text("")
+    assert Progress.read(tmp_path / "run.progress") == 0
+    # What a killed command left is cleared, and so is that of runs that finish.
+    runs = Runs(tmp_path)
+    stale = runs.path("run2", {"x": 2}).with_suffix(Progress.suffix)
+    stale.write_text("0.9")
+    run_missing(runs, _square, [("run2", {"x": 2}, (2,))], 1, "test")
+    assert not stale.exists()
 
 
 def test_failed_runs_are_recorded_and_tried_again(tmp_path):
