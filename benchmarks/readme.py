@@ -13,6 +13,10 @@ README = Path(__file__).parents[1] / "README.md"
 
 def fill(text: str) -> str:
     """``text`` with the table of each record behind its mark ``<!-- table: NAME -->``."""
+    without = set(re.findall(r"<!-- table: (\w+) -->", text)) - {path.stem for path in RESULTS.glob("*.json")}
+    if without:
+        msg = f"README.md has marks without a record in {RESULTS}: {', '.join(sorted(without))}"
+        raise ValueError(msg)
     for path in sorted(RESULTS.glob("*.json")):
         mark, table = f"<!-- table: {path.stem} -->", json.loads(path.read_text())["table"]
         if mark not in text:
