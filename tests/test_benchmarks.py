@@ -74,7 +74,7 @@ def test_filling_tables_is_stable(tmp_path, monkeypatch):
     (tmp_path / "other.json").write_text(json.dumps({"table": ""}))
     with pytest.raises(ValueError, match="no mark <!-- table: other -->"):
         fill(text)
-    with pytest.raises(ValueError, match="marks without a record in .*: lost$"):
+    with pytest.raises(ValueError, match=r"marks without a record in .*: lost$"):
         fill(text + "<!-- table: lost -->")
 
 
