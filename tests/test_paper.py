@@ -345,6 +345,18 @@ def test_the_command_on_images(tmp_path, monkeypatch):
     )
 
 
+def test_a_small_validation_holds_every_class(tmp_path):
+    labels = write_mnist(tmp_path)["train_labels"]
+    by_class = np.argsort(labels, kind="stable")  # as the authors' indices of Fashion-MNIST
+    np.save(tmp_path / "10000_val_indices_mnist.npy", by_class)
+    data, _ = load("mnist", tmp_path, tmp_path, 40)
+    assert len(data["val_indices"]) == 40
+    assert set(labels[data["val_indices"]]) == set(range(10))
+    np.testing.assert_array_equal(data["held_out"], by_class)
+    whole, _ = load("mnist", tmp_path, tmp_path, 10_000)
+    np.testing.assert_array_equal(whole["val_indices"], by_class)
+
+
 def test_table_by_hand():
     def run(c, seed, *values):
         chosen = {name: {"step": 20, "total": v} for name, v in zip(protocol.PROTOCOLS, values, strict=True)}
