@@ -166,7 +166,7 @@ def paper(
         table += "\n\nFailed, and left out: " + "; ".join(failed) + "."
     finish(output, {**record, "table": table, "runs": _slim(records)})
     picture = kept.folder / "paper.png"
-    if len(failed) < len(records):
+    if any("error" not in r for r in records):
         plot(dataset, settings, records, picture)
     print(f"\nrecord {output}, plot {picture}, runs and weights {kept.folder}")
     if failed:
