@@ -7,33 +7,40 @@ import sys
 
 from jsonargparse import auto_cli
 
-from benchmarks.digits import digits
+from benchmarks.experiment import list_, run, with_experiment
 from benchmarks.imports import imports
+from benchmarks.linear import linear
 from benchmarks.mixin import mixin
 from benchmarks.overhead import overhead
 from benchmarks.paper import paper
 from benchmarks.readme import readme
+from benchmarks.report import report
 from benchmarks.speed import speed
 from benchmarks.stopping import stopping
-from benchmarks.tables import tables
 
 
 def main() -> None:
     """Run one command."""
     commands = {
-        "digits": digits,
+        "run": run,
+        "list": list_,
+        "report": report,
         "imports": imports,
+        "linear": linear,
         "mixin": mixin,
         "overhead": overhead,
         "paper": paper,
         "readme": readme,
         "speed": speed,
         "stopping": stopping,
-        "tables": tables,
     }
     # Both --batch-size and --batch_size.
-    arguments = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in sys.argv[1:]]
-    auto_cli(commands, args=arguments, prog="python -m benchmarks")
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in sys.argv[1:]]
+    try:
+        words = with_experiment(words)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
+    auto_cli(commands, args=words, prog="python -m benchmarks")
 
 
 if __name__ == "__main__":

@@ -124,9 +124,17 @@ def finish(path: Path, record: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write whole or not at all."""
+    """Write whole or not at all; a record's runs take a line each."""
+    runs = record.get("runs")
+    if isinstance(runs, list) and runs:
+        lines = ",\n  ".join(json.dumps(run, allow_nan=False) for run in runs)
+        head = json.dumps({**record, "runs": None}, indent=1, allow_nan=False)
+        before, after = head.rsplit('"runs": null', 1)
+        text = f'{before}"runs": [\n  {lines}\n ]{after}'
+    else:
+        text = json.dumps(record, indent=1, allow_nan=False)
     with whole(path) as part:
-        part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        part.write_text(text + "\n")
 
 
 @contextmanager

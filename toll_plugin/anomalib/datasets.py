@@ -59,6 +59,16 @@ class TensorImageDataset(AnomalibDataset):
         self._position = torch.arange(len(images))
         self._paths = np.array(paths, dtype=object)
 
+    @property
+    def images(self) -> Tensor:
+        """The images as they lie in memory, ``(N, C, H, W)``."""
+        return self._images[self._position]
+
+    @property
+    def anomalous(self) -> Tensor:
+        """``(N,)``, true where an image is anomalous."""
+        return self._anomalous[self._position]
+
     def subsample(self, indices: Sequence[int], inplace: bool = False) -> TensorImageDataset:
         """The data set of some of the samples; the images are shared, not copied."""
         if len(set(indices)) != len(indices):
@@ -113,8 +123,8 @@ class TensorImageDataset(AnomalibDataset):
             raise TypeError(msg)
         parts = (self, other)
         return TensorImageDataset(
-            torch.cat([part._images[part._position] for part in parts]),
-            torch.cat([part._anomalous[part._position] for part in parts]),
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.anomalous for part in parts]),
             [path for part in parts for path in part._paths],
             self.augmentations,
         )

@@ -1,0 +1,421 @@
+"""Experiments: data sets, methods, what is measured, and runs that go on where they were."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from image_files import write_mnist
+from scipy.io import savemat
+
+from benchmarks import evaluate, experiment
+from benchmarks.datasets import DATASETS, PROTOCOLS, Limits, find_table, halves
+from benchmarks.evaluate import image_metrics, pixel_metrics, rare, spliced
+from benchmarks.experiment import EXPERIMENTS, run, with_experiment
+from benchmarks.interfaces import Budget, Detector, Scored, Split
+from benchmarks.methods import METHODS, TableDetector, build
+
+
+def split_of(name, part, protocol=PROTOCOLS[0], seed=0, limits=None, **arguments):
+    return DATASETS[name].split(arguments, part, protocol, seed, limits or Limits())
+
+
+# -- data sets -----------------------------------------------------------------------------------
+
+
+def test_halves_train_on_normal_rows_only():
+    x, y = np.arange(30.0)[:, None], (np.arange(30) < 10).astype(int)
+    train, test, labels = halves(x, y, seed=0)
+    assert len(train) == 10
+    assert (train >= 10).all()
+    assert sorted(np.concatenate([train, test]).ravel()) == list(range(30))
+    np.testing.assert_array_equal(labels, test.ravel() < 10)
+
+
+@pytest.fixture
+def odds(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.arange(60) < 10
+    savemat(tmp_path / "t.mat", {"X": rng.normal(size=(60, 4)) + 6 * y[:, None], "y": y})
+    return tmp_path
+
+
+def test_protocols_of_a_table(odds):
+    normal = split_of("odds", "t", root=odds)
+    assert (len(normal.train), len(normal.validation), len(normal.test), normal.anomalous.sum()) == (25, 0, 35, 10)
+    everything = split_of("odds", "t", "unsupervised", root=odds)
+    assert torch.equal(everything.train, everything.test)
+    assert everything.anomalous.sum() == 10
+    held_out = split_of("odds", "t", limits=Limits(validation_rows=0.2), root=odds)
+    assert (len(held_out.train), len(held_out.validation)) == (20, 5)
+    assert len(split_of("odds", "t", "unsupervised", limits=Limits(max_rows=30), root=odds).train) == 30
+
+
+def test_parts_of_the_digits_do_not_meet():
+    split = split_of("digits", "8")
+    flat = [{image.numpy().tobytes() for image in part} for part in split[:3]]
+    assert not flat[0] & flat[2]
+    assert not flat[0] & flat[1]
+    assert 0 < (~split.anomalous).sum() < 50 < split.anomalous.sum()
+    assert split.train.shape[1:] == (1, 8, 8)
+
+
+def test_image_sets_are_drawn_down_without_looking_at_labels(tmp_path):
+    write_mnist(tmp_path)
+    assert DATASETS["mnist"].parts({"root": tmp_path}) == [str(c) for c in range(10)]
+    whole = split_of("mnist", "3", root=tmp_path)
+    few = split_of("mnist", "3", limits=Limits(max_train=4, max_test=20), root=tmp_path)
+    assert whole.train.dtype == torch.uint8
+    assert (len(few.train), len(few.test), len(few.anomalous)) == (4, 20, 20)
+    # Images of class c are noise around 20 c.
+    assert few.train.float().mean() == pytest.approx(69.5, abs=2)
+    classes = (few.test.float().mean(dim=(1, 2, 3)) - 9.5).div(20).round()
+    np.testing.assert_array_equal(classes.numpy() != 3, few.anomalous)
+
+
+def test_a_folder_in_mvtecs_layout(mvtec_root):
+    assert DATASETS["mvtec"].parts({"root": mvtec_root}) == ["part"]
+    assert DATASETS["mvtec"].parts({"root": mvtec_root / "part"}) == ["part"]
+    for root in (mvtec_root, mvtec_root / "part"):
+        split = split_of("mvtec", "part", root=root, image_size=32)
+        assert [tuple(part.shape) for part in split[:3]] == [(10, 3, 32, 32), (2, 3, 32, 32), (8, 3, 32, 32)]
+        # The spot is where the mask is.
+        bright = split.test.float().mean(dim=1).numpy() > 220
+        assert split.masks[split.anomalous].any(axis=(1, 2)).all()
+        assert not split.masks[~split.anomalous].any()
+        assert (bright & split.masks).sum() > 0.7 * bright.sum() > 0
+    with pytest.raises(FileNotFoundError, match="root must hold train/good"):
+        DATASETS["mvtec"].parts({"root": mvtec_root / "part/test"})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_of_ones_own(tmp_path, suffix):
+    frame = pd.DataFrame({"a": [0.5, 1, 2, 3, 9], "b": range(5), "bad": [0, 0, 0, 0, 1]})
+    path = tmp_path / f"sensors.{suffix}"
+    frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
+    assert DATASETS["file"].parts({"path": str(path)}) == ["sensors"]
+    split = split_of("file", "sensors", "unsupervised", path=str(path), label="bad")
+    np.testing.assert_array_equal(split.train.numpy(), frame[["a", "b"]].to_numpy())
+    assert split.anomalous.tolist() == [False] * 4 + [True]
+    with pytest.raises(ValueError, match=r"label must name a column .*, got 'label'"):
+        split_of("file", "sensors", path=str(path))
+    with pytest.raises(ValueError, match="must hold 1 for an anomaly"):
+        split_of("file", "sensors", path=str(path), label="b")
+
+
+def test_a_file_with_words_is_refused(tmp_path):
+    pd.DataFrame({"a": ["x", "y"], "label": [0, 1]}).to_csv(tmp_path / "w.csv", index=False)
+    with pytest.raises(ValueError, match="must be numbers, got 'a'"):
+        split_of("file", "w", path=str(tmp_path / "w.csv"))
+    with pytest.raises(ValueError, match="needs a path"):
+        DATASETS["file"].parts({})
+
+
+def test_missing_tables_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no other\.mat or other\.npz in"):
+        find_table("other", [tmp_path])
+    with pytest.raises(FileNotFoundError, match=r"no \.mat or \.npz table in"):
+        DATASETS["adbench"].parts({"root": tmp_path})
+
+
+def test_made_rows_hide_anomalies_from_single_columns():
+    split = split_of("gaussian", "64+16", "unsupervised")
+    x, bad = split.train.numpy(), split.anomalous
+    assert x.shape[1] == 80
+    # No column's mean or spread tells them; the distance to the span of normal rows does.
+    assert np.abs(x[bad].mean(axis=0) - x[~bad].mean(axis=0)).max() < 0.5
+    _, _, axes = np.linalg.svd(x[~bad][:, :64], full_matrices=False)
+    far = np.linalg.norm(x[:, :64] @ axes[12:].T, axis=1)
+    assert image_metrics(bad, far)["auroc"] > 0.9
+
+
+# -- metrics -------------------------------------------------------------------------------------
+
+BAD = np.array([False, False, True, True])
+
+
+def test_metrics_by_hand():
+    # Ranked 0.9 bad, 0.8 normal, 0.7 bad, 0.1 normal.
+    found = image_metrics(BAD, np.array([0.1, 0.8, 0.7, 0.9]))
+    assert found["auroc"] == pytest.approx(3 / 4)
+    assert found["average_precision"] == pytest.approx((1 + 2 / 3) / 2)
+    assert found["f1"] == pytest.approx(1 / 2)
+
+
+def test_pixel_metrics_of_a_perfect_and_of_an_even_map():
+    masks = np.zeros((2, 8, 8), bool)
+    masks[1, 2:4, 2:4] = True
+    assert pixel_metrics(masks, masks.astype(float)) == {"pixel_auroc": 1.0, "pro": pytest.approx(1.0)}
+    # Scores outside [0, 1] are no logits, and a small map is enlarged.
+    assert pixel_metrics(masks, 50 + 100 * masks)["pixel_auroc"] == 1.0
+    assert pixel_metrics(masks, np.ones((2, 4, 4)))["pixel_auroc"] == pytest.approx(0.5)
+
+
+def test_rare_anomalies_by_hand():
+    bad, scores = np.arange(120) >= 100, np.arange(120.0)
+    found = rare(bad, scores, 0.01, seed=0)
+    assert (found["auroc"], found["average_precision"], found["precision_at_top"]) == (1, 1, 1)
+    # Half of the anomalies score below everything: with one drawn, precision at the top is a half on average.
+    scores[110:] = -1
+    found = rare(bad, scores, 0.01, seed=0)
+    assert found["precision_at_top"] == pytest.approx(0.5, abs=0.35)
+    assert found["precision_at_top"] * evaluate.DRAWS == pytest.approx(
+        round(found["precision_at_top"] * evaluate.DRAWS)
+    )
+    assert rare(bad, scores, 0.001, seed=0) is None
+    assert rare(bad, scores, 0.5, seed=0) is None
+
+
+class Distance(Detector):
+    """The norm of a sample's distance from the training mean."""
+
+    def fit(self, split):
+        self.mean = split.train.mean(dim=0)
+
+    def score(self, samples):
+        norms = (samples - self.mean).flatten(1).norm(dim=1).double().numpy()
+        return Scored(norms, {"latent": norms}, (samples - self.mean).abs().mean(dim=1).numpy())
+
+    def size(self):
+        return 8 * self.mean.numel()
+
+    def facts(self):
+        return {"epochs": 0}
+
+
+def images_split():
+    draw = torch.Generator().manual_seed(0)
+    train, validation = torch.rand(20, 1, 8, 8, generator=draw) / 4, torch.rand(6, 1, 8, 8, generator=draw) / 4
+    test = torch.rand(10, 1, 8, 8, generator=draw) / 4
+    bad = np.arange(10) >= 6
+    test[6:, :, :4, :4] += 0.6
+    masks = np.zeros((10, 8, 8), bool)
+    masks[6:, :4, :4] = True
+    return Split(train, validation, test, bad, masks)
+
+
+def test_what_is_measured_of_a_run():
+    found = evaluate.evaluate(Distance(), images_split(), 0, rates=(0.2, 0.9), examples=2)
+    assert found["metrics"] == {"auroc": 1, "average_precision": 1, "f1": 1, "pixel_auroc": 1, "pro": pytest.approx(1)}
+    assert found["term_auroc"] == {"latent": 1.0}
+    assert [entry["rate"] for entry in found["rare"]] == [0.2]
+    assert 0 <= found["spliced_auroc"] <= 1
+    assert found["model_mb"] == pytest.approx(64 * 8 / 1e6)
+    assert found["samples"] == {"train": 20, "validation": 6, "test": 10, "anomalies": 4}
+    assert found["roc"][0] >= 0
+    assert found["roc"][-1] == 1
+    assert len(found["roc"]) == 51
+    assert sum(found["latent_norms"]["normal"]) == 6
+    assert sum(found["latent_norms"]["anomalous"]) == 4
+    assert [example["anomalous"] for example in found["examples"]] == [True, True, False]
+    assert found["facts"] == {"epochs": 0}
+    json.dumps(found, allow_nan=False)
+
+
+def test_scores_that_cannot_be_ranked_are_an_error():
+    class Broken(Distance):
+        def score(self, samples):
+            scores = super().score(samples).scores
+            scores[0] = np.nan
+            return Scored(scores)
+
+    with pytest.raises(FloatingPointError, match="1 of 10 scores are not a number"):
+        evaluate.evaluate(Broken(), images_split(), 0)
+    split = images_split()
+    with pytest.raises(ValueError, match="must hold normal and anomalous samples, got 0 anomalies of 10"):
+        evaluate.evaluate(Distance(), split._replace(anomalous=np.zeros(10, bool)), 0)
+
+
+def test_infinite_scores_are_ranked():
+    class Far(Distance):
+        def score(self, samples):
+            scores = super().score(samples).scores
+            return Scored(np.where(scores > 2, np.inf, scores))
+
+    assert evaluate.evaluate(Far(), images_split(), 0)["metrics"]["auroc"] == 1
+
+
+def test_spliced_samples_need_held_out_ones():
+    split = images_split()
+    detector = Distance()
+    detector.fit(split)
+    assert spliced(detector, split.validation[:1]) is None
+
+
+# -- methods -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["TollDetector", "KNN", "IForest"])
+def test_table_methods(odds, name):
+    split = split_of("odds", "t", root=odds)
+    given = {"max_steps": 50} if name == "TollDetector" else {}
+    first, again = (build("table", name, Budget(), 3, given) for _ in range(2))
+    for detector in (first, again):
+        detector.fit(split)
+    found = first.score(split.test)
+    np.testing.assert_array_equal(found.scores, again.score(split.test).scores)
+    assert image_metrics(split.anomalous, found.scores)["auroc"] > 0.9
+    assert first.size() > 0
+    if name == "TollDetector":
+        # beta's default is 0.1.
+        np.testing.assert_allclose(found.scores, found.terms["reconstruction"] + 0.1 * found.terms["latent"])
+
+
+def test_classic_detectors_see_the_pixels_of_images():
+    images = torch.randint(0, 256, (30, 1, 4, 4), dtype=torch.uint8)
+    detector = TableDetector("KNN", Budget(), 0)
+    detector.fit(Split(images, images[:0], images, np.zeros(30, bool)))
+    rows = images.flatten(1).double() / 255
+    fifth = torch.cdist(rows[:1], rows).topk(5, largest=False)[0][
+        0, 4
+    ]  # PyOD's KNN takes the largest of five, itself among them
+    assert detector.score(images[:1]).scores[0] == pytest.approx(float(fifth))
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(ValueError, match=r"methods for table are TollDetector, KNN, .*, got 'Toll'"):
+        build("table", "Toll", Budget(), 0, {})
+
+
+# -- experiments ---------------------------------------------------------------------------------
+
+
+def small(tmp_path, odds, **given):
+    arguments = {
+        "datasets": [{"odds": {"root": str(odds)}}],
+        "methods": ["KNN", {"KNN": {"n_neighbors": 2}}],
+        "seeds": 1,
+        "runs": tmp_path / "kept",
+        "output": tmp_path / "out.json",
+        "page": tmp_path / "page.html",
+    }
+    run(name="small", **arguments | given)
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_an_experiment_ends_in_a_record_and_a_page(tmp_path, odds, capsys):
+    record = small(tmp_path, odds)
+    assert {"commit", "dirty", "date", "packages", "cores", "command"} <= set(record)
+    assert [r["configuration"]["label"] for r in record["runs"]] == ["KNN", "KNN (n_neighbors=2)"]
+    assert record["table"] in capsys.readouterr().out
+    assert "KNN (n_neighbors=2)" in (tmp_path / "page.html").read_text()
+    assert str(tmp_path) not in json.dumps([r for r in record["runs"] if r.pop("configuration")])
+
+
+def test_finished_runs_are_shared_and_not_run_again(tmp_path, odds, capsys, monkeypatch):
+    first = small(tmp_path, odds)
+    monkeypatch.setattr(experiment, "_run", None)  # nothing may be run
+    again = small(tmp_path, odds)
+    assert "2 of 2 runs are in" in capsys.readouterr().out
+    assert again["runs"] == first["runs"]
+
+
+def test_changed_files_are_run_again(tmp_path, odds, capsys):
+    small(tmp_path, odds)
+    savemat(odds / "t.mat", {"X": np.random.default_rng(1).normal(size=(60, 4)), "y": np.arange(60) < 10})
+    small(tmp_path, odds)
+    assert "runs are in" not in capsys.readouterr().out
+
+
+def test_a_failed_run_is_recorded_and_tried_again(tmp_path, odds, capsys):
+    broken = [{"KNN": {"n_neighbors": 1000}}, "IForest"]
+    with pytest.raises(SystemExit, match="1 of 2 runs failed, the first with ValueError"):
+        small(tmp_path, odds, methods=broken)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert "ValueError" in record["runs"][0]["error"]
+    assert record["runs"][1]["metrics"]["auroc"] > 0.9
+    assert "n_neighbors=1000" in (tmp_path / "page.html").read_text()
+    with pytest.raises(SystemExit):
+        small(tmp_path, odds, methods=broken)
+    assert "1 of 2 runs are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"methods": ["Knn"]}, "an entry of methods must be .*KNN.*, got 'Knn'"),
+        ({"datasets": ["odd"]}, "an entry of datasets must be .*odds.*, got 'odd'"),
+        ({"datasets": [{"odds": {"folder": "x"}}]}, "an argument of odds must be .*root.*, got 'folder'"),
+        ({"methods": [{"KNN": {}, "LOF": {}}]}, "one name with its arguments"),
+        ({"protocols": ["supervised"]}, "an entry of protocols must be"),
+        ({"seeds": 0}, "seeds must be"),
+        ({"rates": [1.5]}, "an entry of rates must be below 1, got 1.5"),
+        ({"validation_rows": 1.0}, "validation_rows must be below 1"),
+        ({"jobs": 0}, "jobs must not be 0"),
+        ({"methods": ["Toll"]}, "none of methods, .*'Toll'.*, takes the data of .*'odds'"),
+    ],
+)
+def test_what_cannot_be_run_is_said_first(tmp_path, odds, given, message):
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, odds, **given)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_missing_weights_are_named(tmp_path, odds):
+    with pytest.raises(FileNotFoundError, match=r"there is no file weights, .*nowhere\.pth"):
+        small(tmp_path, odds, weights=Path("nowhere.pth"))
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_is_understood(path, monkeypatch):
+    """Its YAML is what ``run`` takes, and every method in it finds data."""
+    from jsonargparse import auto_cli
+
+    taken = {}
+    words = with_experiment(["run", path.stem, "--jobs=2"])
+
+    def only_plan(*given):
+        taken["plan"] = plan = real(*given)
+        return plan
+
+    real = experiment._plan
+    monkeypatch.setattr(experiment, "_plan", only_plan)
+    monkeypatch.setattr(experiment.Plan, "calls", lambda _: iter(()))
+    with pytest.raises(ValueError, match="none of methods"):
+        auto_cli({"run": run}, args=words)
+    plan = taken["plan"]
+    kinds = {DATASETS[choice.name].kind for choice in plan.datasets}
+    for method in plan.methods:
+        assert any(method.name in METHODS[kind] for kind in kinds), method
+        for kind in kinds:
+            if method.name in METHODS[kind]:
+                build(kind, method.name, plan.budget, 0, method.arguments)
+    for choice in plan.datasets:
+        assert set(choice.arguments) <= {"parts", *DATASETS[choice.name].arguments}
+    labels = [method.label for method in plan.methods]
+    assert len(set(labels)) == len(labels)
+    assert set(yaml.safe_load(path.read_text())) >= {"about", "datasets", "methods"}
+
+
+def test_names_of_experiments(tmp_path):
+    assert with_experiment(["run", "--seeds=1"]) == ["run", "--seeds=1"]
+    assert with_experiment(["report", "quick"]) == ["report", "quick"]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("seeds: 1\n")
+    assert with_experiment(["run", str(mine), "--jobs=2"]) == ["run", f"--config={mine}", "--name=mine", "--jobs=2"]
+    with pytest.raises(FileNotFoundError, match=r"there is no experiment 'slow': name a YAML file or one of .*quick"):
+        with_experiment(["run", "slow"])
+
+
+def test_flags_override_the_yaml(tmp_path, odds, monkeypatch):
+    from benchmarks.__main__ import main
+
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"datasets": [{"odds": {"root": str(odds)}}], "methods": ["LOF"], "seeds": 3}))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", str(path), "--seeds", "1", "--methods=[KNN]"])
+    main()
+    runs = json.loads((tmp_path / "runs/mine/record.json").read_text())["runs"]
+    assert [(r["configuration"]["method"], r["configuration"]["seed"]) for r in runs] == [("KNN", 0)]
+
+
+def test_list_shows_everything(capsys):
+    experiment.list_()
+    shown = capsys.readouterr().out
+    for name in ("quick", "TollDetector", "PatchCore", "MemAE", "gaussian", "not found here"):
+        assert name in shown

@@ -1,0 +1,362 @@
+"""Reports say what the records say: statistics by hand, pages that stand alone, figures that runs support."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+
+from benchmarks import comparison, figures, report
+from benchmarks.comparison import Group
+from benchmarks.report import markdown_table
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+
+
+def run(label="A", part="0", seed=0, auroc=0.9, **changes):
+    configuration = {
+        "label": label,
+        "method": label.split(" (")[0],
+        "arguments": {},
+        "kind": "images",
+        "dataset": "digits",
+        "part": part,
+        "protocol": "semi-supervised",
+        "seed": seed,
+        "max_epochs": 7,
+    }
+    result = {
+        "metrics": {"auroc": auroc, "average_precision": 0.5, "f1": 0.25},
+        "fit_seconds": 2.0,
+        "score_seconds": 0.5,
+        "model_mb": 0.125,
+        "facts": {},
+    }
+    provenance = {"date": "2026-01-02T03:04:05+00:00", "commit": "abcdef0123456", "dirty": False, "machine": "vax"}
+    return {
+        "configuration": configuration | {key: v for key, v in changes.items() if key in configuration},
+        "provenance": provenance,
+        **result,
+        **{key: v for key, v in changes.items() if key not in configuration},
+    }
+
+
+def failed(label="A", part="0", seed=0, error="ValueError: singular", **changes):
+    kept = {"configuration", "provenance"}
+    return {key: v for key, v in run(label, part, seed, **changes).items() if key in kept} | {"error": error}
+
+
+def block_runs(values, **changes):
+    return [
+        run(label, str(part), auroc=auroc, **changes) for label, row in values.items() for part, auroc in enumerate(row)
+    ]
+
+
+RUNS = [
+    *(run("Toll", "0", seed, auroc) for seed, auroc in enumerate((0.9, 1.0))),
+    *(run("Toll", "1", seed, auroc) for seed, auroc in enumerate((0.6, 0.7))),
+    *(run("B", "0", seed, auroc) for seed, auroc in enumerate((0.8, 0.8))),
+    *(run("B", "1", seed, auroc) for seed, auroc in enumerate((0.65, 0.65))),
+    *(run("C", part, seed, 0.5) for part in "01" for seed in (0, 1)),
+]
+
+
+def everything():
+    """What supports every figure, with failures, a hostile label, and two data sets."""
+    draw = np.random.default_rng(0)
+    runs = []
+    for dataset in ("digits", "mnist"):
+        for beta in (0, 0.1, 10):
+            for part in range(6):
+                norms = {"edges": [0, 1, 2, 4], "normal": [8, 2, 0], "anomalous": [1, 4, 5]}
+                rare = [{"rate": rate, "auroc": 0.9, "average_precision": 10 * rate} for rate in (0.01, 0.1)]
+                one = {
+                    "arguments": {"beta": beta},
+                    "method": "Toll",
+                    "latent_norms": norms,
+                    "rare": rare,
+                    "roc": np.linspace(0, 1, 51).tolist(),
+                    "examples": [{"image": PNG, "map": PNG, "mask": None, "score": 1.5, "anomalous": True}],
+                }
+                runs.append(run(f"Toll (beta={beta})", str(part), auroc=draw.uniform(0.8, 1), dataset=dataset, **one))
+        runs += [run("Deep SVDD", str(part), auroc=draw.uniform(0.6, 0.9), dataset=dataset) for part in range(6)]
+        runs.append(failed("<script>alert(1)</script>|", error="ValueError: <i>odd</i>", dataset=dataset))
+    return runs
+
+
+def record(runs, **more):
+    return {"command": "run", "experiment": {"name": "e<1>", "about": "What & why"}, "runs": runs, **more}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "record.json").write_text(json.dumps(record(everything())))
+    report.report([folder / "record.json"], folder / "page.html", "A title")
+    return (folder / "page.html").read_text()
+
+
+def test_means_and_ranks_by_hand():
+    assert comparison.means(RUNS).loc[("digits", "0")].to_dict() == pytest.approx({"Toll": 0.95, "B": 0.8, "C": 0.5})
+    # On part 1 Toll and B tie at 0.65 and share ranks 1 and 2.
+    assert comparison.ranks(RUNS).to_dict() == {"Toll": 1.25, "B": 1.75, "C": 3.0}
+    assert comparison.ranking(RUNS) == ["Toll", "B", "C"]
+
+
+def test_a_failed_run_takes_the_last_rank_and_leaves_the_mean():
+    runs = [*RUNS, failed("Toll", "1", 2)]
+    assert comparison.ranks(runs).to_dict() == {"Toll": 2.0, "B": 1.5, "C": 2.5}
+    assert comparison.means(runs)["Toll"].tolist() == pytest.approx([0.95, 0.65])
+    assert comparison.failures(runs)["Toll"].tolist() == [0, 1]
+    # Two that fail share the last two ranks.
+    assert comparison.ranks([*runs, failed("C", "1", 2)]).to_dict() == {"Toll": 1.75, "B": 1.5, "C": 2.75}
+
+
+def test_parts_that_a_method_was_not_run_on_rank_nobody():
+    assert comparison.ranks([*RUNS, run("B", "2", auroc=0.1)]).to_dict() == {"Toll": 1.25, "B": 1.75, "C": 3.0}
+
+
+def test_groups_are_kinds_data_sets_with_arguments_and_protocols():
+    made = run("A", dataset="gaussian", kind="table")
+    made["configuration"]["dataset_arguments"] = {"factors": 2, "root": "/somewhere"}
+    groups = comparison.grouped([run(), made, run(protocol="unsupervised")])
+    assert list(groups) == [
+        Group("images", "digits", "semi-supervised"),
+        Group("table", "gaussian (factors=2)", "semi-supervised"),
+        Group("images", "digits", "unsupervised"),
+    ]
+
+
+def test_differences_by_hand():
+    toll = comparison.first_toll(RUNS)
+    b, c = comparison.differences(RUNS, toll)
+    # Parts' mean gaps: -0.15 and 0; their standard deviation over the root of 2 is 0.075.
+    assert (b.label, b.mean, b.error, b.pairs, b.blocks, b.p) == ("B", *map(pytest.approx, (-0.075, 0.075)), 4, 2, None)
+    assert c.mean == pytest.approx(-0.3)
+    # One part: gaps of its seeds, -0.1 and -0.2.
+    (lone,) = comparison.differences([r for r in RUNS if r["configuration"]["part"] == "0"][:4], toll)
+    assert (lone.mean, lone.error) == (pytest.approx(-0.15), pytest.approx(0.05))
+
+
+def test_holm_by_hand():
+    rng = np.random.default_rng(1)
+    reference = rng.uniform(0.5, 0.6, 8)
+    values = {"Toll": reference, "A": reference + 0.1, "B": reference + rng.normal(0, 0.01, 8), "C": reference}
+    values["A"] = values["A"] + np.arange(8) / 100  # no ties
+    raw = [wilcoxon(values[label] - reference).pvalue for label in "AB"]
+    assert raw[0] == pytest.approx(2 / 2**8)
+    found = {one.label: one.p for one in comparison.differences(block_runs(values), "Toll")}
+    assert found["A"] == pytest.approx(3 * 2 / 2**8)
+    assert found["B"] == pytest.approx(min(1, max(2 * raw[1], 3 * raw[0])))
+    assert found["C"] == 1
+
+
+def test_critical_differences_need_methods_and_parts():
+    rng = np.random.default_rng(0)
+    values = {
+        "A": 0.9 + rng.uniform(0, 0.01, 5),
+        "B": 0.8 + rng.uniform(0, 0.01, 5),
+        "C": 0.7 + rng.uniform(0, 0.01, 5),
+    }
+    found = comparison.nemenyi(block_runs(values))
+    # Ranks 1, 2, 3 on each of 5 parts: Friedman's statistic is 10, with 2 degrees of freedom.
+    assert found.friedman == pytest.approx(np.exp(-5))
+    assert found.ranks.to_dict() == {"A": 1, "B": 2, "C": 3}
+    # Demsar 2006: the critical difference of 3 methods is 2.343 sqrt(3 * 4 / (6 * 5)) = 1.48.
+    assert found.p.loc["A", "B"] > 0.05 > found.p.loc["A", "C"]
+    assert comparison.nemenyi(block_runs({label: row[:4] for label, row in values.items()})) is None
+    assert comparison.nemenyi(block_runs({label: values[label] for label in "AB"})) is None
+    left_out = comparison.nemenyi([*block_runs(values | {"D": values["A"]}), failed("D", "0", 1)]).left_out
+    assert left_out == ["D"]
+
+
+def test_markdown_by_hand():
+    lines = markdown_table(
+        [*RUNS, failed("C", "1", 2), run("C", "0", 2, 0.5, facts={"pretrained": False})]
+    ).splitlines()
+    assert lines[0] == "**digits, semi-supervised** (3 methods, 2 parts, 3 seeds, 14 runs)"
+    head = "| method | mean rank | AUROC | AP | F1 | fit s | score s | MB | runs | note | 0 | 1 |"
+    assert lines[2] == head
+    tail = "0.500** | **0.250** | 2 | 0.5 | 0.12 | 4 |  |"
+    assert lines[4] == f"| Toll | **1.25** | **0.8000** | **{tail} **0.950** | **0.650** |"
+    assert lines[5] == f"| B | 1.75 | 0.7250 | **{tail} 0.800 | **0.650** |"
+    assert lines[6].startswith("| C | 3.00 | 0.5000† | 0.500† |")
+    assert "| 5, 1 failed | random weights |" in lines[6]
+    assert "B -0.0750 ± 0.0750 (too few for a test)" in lines[8]
+    assert lines[10] == "† C, 1 failed, on 1: ValueError: singular"
+
+
+def test_published_numbers_stand_apart_and_only_with_their_data_sets():
+    runs = [run("DeepSVDD", dataset="mnist"), run("iforest", dataset="mnist"), run("Toll", dataset="mnist")]
+    text = markdown_table(runs)
+    assert "| published (not measured here) |" in text
+    assert re.search(r"\| DeepSVDD \| \S+ \| \S+ \| 0\.948 \|", text)
+    assert re.search(r"\| iforest \| \S+ \| \S+ \| 0\.923 \|", text)
+    assert re.search(r"\| Toll \| \S+ \| \S+ \|  \|", text)
+    assert "MemAE 0.975" in text.splitlines()[-1]
+    assert "ublished" not in markdown_table([run("DeepSVDD"), run("Toll")])
+    assert "ublished" not in markdown_table([run("DeepSVDD", dataset="mnist", protocol="unsupervised")])
+
+
+def test_an_experiment_that_failed_throughout_is_reported(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record([failed("Toll"), failed("B")])))
+    report.report([path], tmp_path / "page.html")
+    assert "<figure>" not in (tmp_path / "page.html").read_text()
+    assert "† B, 1 failed, on 0: ValueError: singular" in (tmp_path / "page.md").read_text()
+
+
+class Tags(HTMLParser):
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input", "path", "use"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.targets, self.sources = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self._note(attrs)
+
+    def handle_startendtag(self, _, attrs):
+        self._note(attrs)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def _note(self, attrs):
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in {"href", "xlink:href", "src"}:
+                self.sources.append(value)
+            self.targets += re.findall(r"url\(#([^)]+)\)", value or "")
+
+
+def test_the_page_is_well_formed_and_stands_alone(page):
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    assert len(tags.ids) == len(set(tags.ids))
+    assert all(source.startswith(("#", "data:image/png;base64,")) for source in tags.sources)
+    targets = {*tags.targets, *(source[1:] for source in tags.sources if source.startswith("#"))}
+    assert targets <= set(tags.ids)
+    assert "@import" not in page
+    assert "<script" not in page
+    assert "#0102" not in page  # colours that stand for the theme's
+
+
+def test_the_page_shows_labels_escaped_failures_and_settings(page):
+    for text in (
+        "&lt;script&gt;alert(1)&lt;/script&gt;|",
+        "ValueError: &lt;i&gt;odd&lt;/i&gt;",
+        "e&lt;1&gt;",
+        "A title",
+    ):
+        assert text in page
+    for label in ("Toll (beta=0)", "Toll (beta=0.1)", "Toll (beta=10)", "Deep SVDD", "What &amp; why", "max_epochs"):
+        assert label in page
+    assert "uncommitted" not in page
+    assert page.count("published (not measured here)") == 1
+
+
+def test_every_figure_that_is_supported_and_no_other(page):
+    titles = re.findall(r"<h4>(.*?)</h4>", page)
+    each = ["AUROC of every run", "ROC curves", "Latent norms", "Critical differences", "Accuracy and time"]
+    each += ["Rare anomalies", *(f"Maps of Toll (beta={beta})" for beta in (0, 0.1, 10))]
+    assert titles == ["Toll: AUROC against beta", *each, *each]
+    assert page.count('role="img" aria-label="ROC curves"') == 2
+    assert [one.title for one in figures.drawings(RUNS, "x")] == ["AUROC of every run", "Accuracy and time"]
+    assert figures.drawings([failed()], "x") == []
+
+
+def test_an_argument_is_swept_only_by_itself():
+    def sweep(*arguments):
+        return figures.sweeps([run(f"Toll {given}", method="Toll", arguments=given) for given in arguments], "x")
+
+    assert [one.title for one in sweep(*({"beta": beta} for beta in (0, 1, 100)))] == ["Toll: AUROC against beta"]
+    assert sweep({"beta": 0}, {"beta": 1}) == []
+    assert sweep({"beta": 0}, {"beta": 1}, {"beta": 2, "lr": 1}) == []
+    assert sweep({"bias": False}, {"bias": True}, {}) == []
+
+
+def test_drawing_leaves_matplotlib_as_it_was():
+    before = dict(mpl.rcParams)
+    figures.drawings(RUNS, "x")
+    assert dict(mpl.rcParams) == before
+
+
+def test_uncommitted_changes_are_warned_of(tmp_path):
+    dirty = copy.deepcopy(RUNS)
+    dirty[3]["provenance"]["dirty"] = True
+    (tmp_path / "r.json").write_text(json.dumps(record(dirty)))
+    report.report([tmp_path / "r.json"], tmp_path / "page.html")
+    assert 'class="warning"' in (tmp_path / "page.html").read_text()
+
+
+def test_a_folder_of_single_runs(tmp_path):
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    for i, one in enumerate(RUNS):
+        (folder / f"{i}.json").write_text(json.dumps(one))
+    report.report([folder], tmp_path / "page.html")
+    assert markdown_table(RUNS).splitlines()[2] in (tmp_path / "page.md").read_text()
+    (folder / "odd.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"odd\.json is no record of run: a run lacks label"):
+        report.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no record of run: Expecting"),
+        ("[]", "has no list of runs"),
+        ('{"table": ""}', "has no list of runs"),
+        ('{"runs": []}', "holds no runs"),
+        ('{"runs": [3]}', "lacks label"),
+        (json.dumps({"runs": [{"configuration": run()["configuration"]}]}), "lacks metrics or an error"),
+    ],
+)
+def test_what_is_no_record_is_named(tmp_path, text, message):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"broken\.json.*{message}"):
+        report.report([path], tmp_path / "page.html")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        report.report([tmp_path / "gone.json"])
+
+
+def test_by_default_the_collected_records_of_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path)
+    (tmp_path / "speed.json").write_text('{"command": "speed"}')
+    with pytest.raises(ValueError, match="at least one record of run"):
+        report.report(output=tmp_path / "page.html")
+    (tmp_path / "mine.json").write_text(json.dumps(record(RUNS)))
+    report.report(output=tmp_path / "page.html")
+    assert "e&lt;1&gt;" in (tmp_path / "page.html").read_text()
+    with pytest.raises(ValueError, match=r"output must not end in \.md"):
+        report.report(output=tmp_path / "page.md")
+
+
+def test_an_interrupted_write_leaves_the_earlier_page(tmp_path, monkeypatch):
+    (tmp_path / "r.json").write_text(json.dumps(record(RUNS)))
+    report.report([tmp_path / "r.json"], tmp_path / "page.html")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    written = type(tmp_path).write_text
+
+    def interrupted(path, text, **options):
+        if ".md" in path.name:
+            raise KeyboardInterrupt
+        return written(path, text, **options)
+
+    monkeypatch.setattr(type(tmp_path), "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.report([tmp_path / "r.json"], tmp_path / "page.html", "Another title")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
