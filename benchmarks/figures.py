@@ -133,7 +133,7 @@ def _looks(runs: Sequence[Run]) -> dict[str, _Look]:
     order = comparison.ranking(runs)
     order = sorted(order, key=lambda label: label != comparison.first_toll(runs))
     own = [_Look(*look, shown=True) for look in zip(_SERIES, _DASHES, _MARKERS, strict=True)]
-    return dict(itertools.zip_longest(order, own[: len(order)], fillvalue=_Look(_MUTED, "-", ".", shown=False)))
+    return dict(itertools.zip_longest(order, own[: len(order)], fillvalue=_Look(_MUTED, "-", "o", shown=False)))
 
 
 def _new(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -175,7 +175,8 @@ def _boxes(runs: Sequence[Run], looks: dict[str, _Look]) -> Any:
     found = {label: values for label, values in found.items() if len(values)}
     if not found:
         return None
-    rows = [_wrap(label) for label in found]
+    failed = comparison.failures(runs).sum()
+    rows = [_wrap(label) + "†" * bool(failed[label]) for label in found]
     figure, axes = _new(60 + 11 * sum(2 + row.count("\n") for row in rows))
     for i, (label, values) in enumerate(found.items()):
         color = looks[label].color
@@ -218,7 +219,7 @@ def _roc(runs: Sequence[Run], looks: dict[str, _Look]) -> Any:
 
 def _line(axes: Axes, lines: dict[str, Any], label: str, look: _Look, x: Any, y: Any, marker: str = "") -> None:
     width, alpha = (1.8, 1.0) if look.shown else (0.8, 0.6)
-    style = {"linestyle": look.dash, "linewidth": width, "alpha": alpha, "marker": marker, "markersize": 4}
+    style = {"linestyle": look.dash, "linewidth": width, "alpha": alpha, "marker": marker, "markersize": 2 * width}
     (line,) = axes.plot(x, y, color=look.color, **style)
     if look.shown:
         lines[label] = line
@@ -303,6 +304,7 @@ def _time(runs: Sequence[Run], looks: dict[str, _Look]) -> Any:
     found = cost.to_frame("x").assign(y=comparison.means(runs).mean()).dropna().sort_values("y")
     if len(found) < 2:
         return None
+    failed = comparison.failures(runs).sum()
     figure, axes = _new(max(250, 60 + 13 * len(found)))
     axes.set(xscale="log", xlabel="seconds to fit (median)", ylabel="mean AUROC")
     if found["x"].max() < 50 * found["x"].min():
@@ -320,7 +322,7 @@ def _time(runs: Sequence[Run], looks: dict[str, _Look]) -> Any:
         look = looks[label]
         axes.scatter(x, y, s=26 if look.shown else 14, color=look.color, marker=look.marker, zorder=3)
         axes.annotate(
-            _short(label),
+            _short(label) + "†" * bool(failed[label]),
             (x, y),
             (1.05, height),
             textcoords="axes fraction",

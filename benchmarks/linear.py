@@ -187,7 +187,7 @@ def _table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(runs: Sequence[dict[str, Any]], variances: Any, path: Path) -> None:
-    """Gains and AUROC by the direction's variance, with weight decay and full rank."""
+    """Gains and AUROC by the direction's variance, with weight decay and full rank; none of collapsed runs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7), layout="constrained")
@@ -195,12 +195,14 @@ def plot(runs: Sequence[dict[str, Any]], variances: Any, path: Path) -> None:
     shown = [run for run in runs if run["decoder"] == "decayed" and run["latent"] == len(variances)]
     for (left, *others), exponent, norms in zip(panels, (1, 2), ("plain norms", "squared norms"), strict=True):
         for i, beta in enumerate(sorted({run["beta"] for run in shown})):
-            mine = [run for run in shown if (run["beta"], run["exponent"], run["collapsed"]) == (beta, exponent, False)]
+            mine = [run for run in shown if (run["beta"], run["exponent"]) == (beta, exponent)]
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": "osD^vPX"[i % 7], "markersize": 5}
+            expected = np.mean([run["theory"] for run in mine], axis=0)
+            left.plot(variances, np.where(expected > 0, expected, np.nan), color=style["color"], linewidth=1)
+            mine = [run for run in mine if not run["collapsed"]]
             if not mine:
                 continue
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": "osD^vPX"[i % 7], "markersize": 5}
-            expected, gain = (np.mean([run[name] for run in mine], axis=0) for name in ("theory", "gains"))
-            left.plot(variances, np.where(expected > 0, expected, np.nan), color=style["color"], linewidth=1)
+            gain = np.mean([run["gains"] for run in mine], axis=0)
             left.plot(variances, gain, linestyle="", label=f"beta {beta:g}", **style)
             for panel, term in zip(others, TERMS, strict=False):
                 panel.plot(variances, np.mean([run["auroc"][term] for run in mine], axis=0), linewidth=1, **style)
@@ -210,7 +212,7 @@ def plot(runs: Sequence[dict[str, Any]], variances: Any, path: Path) -> None:
             panel.set(ylim=(0.4, 1.02), ylabel="AUROC of a shift by 5 sd", title=f"{norms}: score by {term}")
     for panel in panels[1]:
         panel.set_xlabel("variance along the direction")
-    panels[0, 0].legend(fontsize="small")
+    panels[1, 0].legend(fontsize="small")
     with whole(path) as part:
         figure.savefig(part, format=path.suffix[1:], dpi=120)
 
