@@ -131,7 +131,6 @@ def first_toll(runs: Sequence[Run]) -> str | None:
 
 def differences(runs: Sequence[Run], reference: str, metric: str = "auroc") -> list[Difference]:
     """Of every other label that has a pair with ``reference``, in the order of :func:`ranking`."""
-    from scipy.stats import wilcoxon
     from statsmodels.stats.multitest import multipletests
 
     pairs = frame(runs).pivot_table(index=[*BLOCK, "seed"], columns="label", values=metric)
@@ -143,11 +142,10 @@ def differences(runs: Sequence[Run], reference: str, metric: str = "auroc") -> l
         blocks = gaps.groupby(level=BLOCK).mean()
         if gaps.empty:
             continue
-        p = None
-        if len(blocks) >= TESTABLE:
-            p = float(wilcoxon(blocks).pvalue) if blocks.any() else 1.0
         error = float((blocks if len(blocks) > 1 else gaps).sem())
-        found.append(Difference(label, reference, float(blocks.mean()), error, len(gaps), len(blocks), p))
+        found.append(
+            Difference(label, reference, float(blocks.mean()), error, len(gaps), len(blocks), signed_rank(blocks))
+        )
     tested = [i for i, difference in enumerate(found) if difference.p is not None]
     if tested:
         corrected = multipletests([found[i].p for i in tested], method="holm")[1]
@@ -172,6 +170,27 @@ def nemenyi(runs: Sequence[Run], metric: str = "auroc") -> Nemenyi | None:
         return None
     p = posthoc_nemenyi_friedman(DataFrame(values.to_numpy().round(12), columns=list(values)))
     return Nemenyi(ranks(kept, metric), p, friedman, len(values), [label for label in every if label not in values])
+
+
+def terms(runs: Sequence[Run]) -> DataFrame:
+    """Mean AUROC over parts of the score and of each of its terms alone, for labels that have both terms."""
+    from pandas import DataFrame
+
+    rows = [
+        {"label": run["configuration"]["label"], "score": run["metrics"]["auroc"], **run["term_auroc"]}
+        for run in runs
+        if len(run.get("term_auroc", {})) > 1
+    ]
+    return DataFrame(rows).groupby("label", sort=False).mean() if rows else DataFrame()
+
+
+def signed_rank(gaps: Series) -> float | None:
+    """p-value of Wilcoxon's test of differences by block; ``None`` with fewer than :data:`TESTABLE`."""
+    from scipy.stats import wilcoxon
+
+    if len(gaps) < TESTABLE:
+        return None
+    return float(wilcoxon(gaps).pvalue) if gaps.any() else 1.0
 
 
 def _by_block(table: DataFrame, column: str, how: str) -> DataFrame:

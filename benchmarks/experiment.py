@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.collected import lean
 from benchmarks.datasets import DATASETS, PROTOCOLS, Limits
 from benchmarks.interfaces import Budget
 from benchmarks.records import cluster, finish, provenance
@@ -191,7 +192,7 @@ def run(
     with cluster(scheduler):
         records = run_missing(Runs(runs), _run, calls, jobs, name)
     record = {"command": "run", "experiment": {"name": name, "about": about}, **begun}
-    finish(output, {**record, "table": markdown_table(records), "runs": [_lean(r, record) for r in records]})
+    finish(output, {**record, "table": markdown_table(records), "runs": lean(records, begun)})
     report([output], page)
     failed = [r for r in records if "error" in r]
     print(f"\nrecord {output}, report {page}, runs {runs}")
@@ -239,12 +240,6 @@ def _plan(
         msg = f"there is no file weights, {budget.weights}"
         raise FileNotFoundError(msg)
     return Plan(data, compared, protocols, seeds, limits, budget, rates, examples)
-
-
-def _lean(run: dict[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's record without what it shares with the collected one, and where on this machine an error was raised."""
-    own = {name: value for name, value in run["provenance"].items() if whole[name] != value}
-    return {name: value for name, value in run.items() if name not in ("traceback", "weights")} | {"provenance": own}
 
 
 def _run(

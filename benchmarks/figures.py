@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import comparison
 from benchmarks.comparison import BLOCK, Run
+from benchmarks.variants import families
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,17 +84,9 @@ def drawings(runs: Sequence[Run], name: str) -> list[Drawing]:
 
 def sweeps(runs: Sequence[Run], name: str) -> list[Drawing]:
     """AUROC against each numeric argument in which at least three variants of a method differ, and in nothing else."""
-    variants: dict[tuple[str, str, str], dict[float, str]] = defaultdict(dict)
-    for run in runs:
-        c = run["configuration"]
-        for key, value in c.get("arguments", {}).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                rest = {other: v for other, v in c["arguments"].items() if other != key}
-                variants[c["method"], key, repr(sorted(rest.items()))][float(value)] = c["label"]
     makers = [
-        lambda runs, _, method=method, key=key, labels=labels: _sweep(runs, method, key, labels)
-        for (method, key, _), labels in variants.items()
-        if len(labels) >= 3
+        lambda runs, _, family=family: _sweep(runs, family.method, family.argument, family.labels)
+        for family in families(runs)
     ]
     return _drawn(makers, runs, {}, name)
 

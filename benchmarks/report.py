@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import comparison
+from benchmarks.collected import CONFIGURATION, Experiment, collected, read
 from benchmarks.comparison import Difference, Group, Run
 from benchmarks.records import RESULTS, whole
+from benchmarks.variants import choose_without_labels, families
 
 if TYPE_CHECKING:
     from pandas import Series
 
 _METRICS = {"average_precision": "AP", "f1": "F1", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
 _COSTS = {"fit_seconds": "fit s", "score_seconds": "score s", "model_mb": "MB"}
-_CONFIGURATION = ("label", "method", "kind", "dataset", "part", "protocol", "seed")
 _PUBLISHED = "published (not measured here)"
 _ALIASES = {"iforest": "if"}
 _FAILED = "†"
-
-
-class Experiment(NamedTuple):
-    """What a record holds."""
-
-    name: str
-    about: str
-    runs: list[Run]
 
 
 class Cell(NamedTuple):
@@ -66,7 +59,7 @@ def report(
     if output.suffix == ".md":
         msg = f"output must not end in .md, as the Markdown beside it does, got {output}"
         raise ValueError(msg)
-    experiments = [found for path in (_collected() if records is None else records) for found in read(path)]
+    experiments = [read(path) for path in (collected() if records is None else records)]
     if not experiments:
         msg = f"records must name at least one record of run, got {records or f'none in {RESULTS}'}"
         raise ValueError(msg)
@@ -78,60 +71,17 @@ def report(
     print(f"report {output}, {output.with_suffix('.md')}")
 
 
-def _collected() -> list[Path]:
-    return [path for path in sorted(RESULTS.glob("*.json")) if _json(path).get("command") == "run"]
-
-
-def read(path: Path) -> list[Experiment]:
-    """The experiments of a collected record, or of a folder of single runs.
-
-    Raises:
-        ValueError: If it is none.
-        FileNotFoundError: If it is not there.
-    """
-    if path.is_dir():
-        named: dict[str, list[Run]] = defaultdict(list)
-        for file in sorted(path.glob("*.json")):
-            run = _run(_json(file), file)
-            named[run["configuration"].get("experiment", path.name)].append(run)
-        experiments = [Experiment(name, "", runs) for name, runs in named.items()]
-    else:
-        record = _json(path)
-        if not isinstance(record, dict) or not isinstance(record.get("runs"), list):
-            msg = f"{path} is no record of run: it has no list of runs"
-            raise ValueError(msg)
-        about = record.get("experiment") or {}
-        runs = [_run(run, path) for run in record["runs"]]
-        experiments = [Experiment(str(about.get("name", path.stem)), str(about.get("about", "")), runs)]
-    if not any(experiment.runs for experiment in experiments):
-        msg = f"{path} holds no runs"
-        raise ValueError(msg)
-    return experiments
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        msg = f"{path} is no record of run: {error}"
-        raise ValueError(msg) from error
-
-
-def _run(run: Any, path: Path) -> Run:
-    configuration = run.get("configuration") if isinstance(run, dict) else None
-    given = configuration if isinstance(configuration, dict) else {}
-    lacks = [name for name in _CONFIGURATION if name not in given]
-    if not lacks and "error" not in run and "auroc" not in (run.get("metrics") or {}):
-        lacks = ["metrics or an error"]
-    if lacks:
-        msg = f"{path} is no record of run: a run lacks {', '.join(lacks)}"
-        raise ValueError(msg)
-    return dict(run)
-
-
 def markdown_table(runs: Sequence[Run]) -> str:
     """A table for each group of runs, with the differences to Toll, what failed, and what others published."""
     return "\n\n".join(_markdown(group, mine) for group, mine in comparison.grouped(runs).items())
+
+
+def _lines(table: Table, corner: str = "method") -> list[str]:
+    lines = ["| " + " | ".join([corner, *table.head]) + " |", "|---" * (len(table.head) + 1) + "|"]
+    for label, row in table.rows.items():
+        cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row]
+        lines.append("| " + " | ".join(_plain(text) for text in (label, *cells)) + " |")
+    return lines
 
 
 def _markdown(group: Group, runs: list[Run]) -> str:
@@ -139,18 +89,16 @@ def _markdown(group: Group, runs: list[Run]) -> str:
     if len(by_part.head) <= 10 and sum(len(name) + 3 for name in by_part.head) <= 60:
         rows = {label: row + by_part.rows[label] for label, row in table.rows.items()}
         table = Table(table.head + by_part.head, rows)
-    lines = [f"**{_heading(group)}** ({_extent(runs)})", "", "| " + " | ".join(["method", *table.head]) + " |"]
-    lines.append("|---" * (len(table.head) + 1) + "|")
-    for label, row in table.rows.items():
-        cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row]
-        lines.append("| " + " | ".join(_plain(text) for text in (label, *cells)) + " |")
+    lines = [f"**{_heading(group)}** ({_extent(runs)})", "", *_lines(table)]
     toll = comparison.first_toll(runs)
     found = comparison.differences(runs, toll) if toll else []
     if found:
         each = "; ".join(f"{_plain(one.label)} {_difference(one)} ({_p(one)})" for one in found)
         what = f"AUROC minus that of {_plain(found[0].reference)}, mean ± standard error (Wilcoxon over parts, Holm)"
         lines += ["", f"{what}: {each}."]
-    lines += [f"\n{_plain(text)}" for text in (*_failures(runs), *_published(group, runs)[1])]
+    if (alone := terms(runs)).rows:
+        lines += ["", "AUROC of the score and of each of its terms alone:", "", *_lines(alone)]
+    lines += [f"\n{_plain(text)}" for text in (*_choices(runs), *_failures(runs), *_published(group, runs)[1])]
     return "\n".join(lines)
 
 
@@ -191,6 +139,29 @@ def summary(group: Group, runs: Sequence[Run]) -> Table:
     columns["note"] = {label: Cell(_note(runs, label)) for label in failed.index}
     columns = {head: cells for head, cells in columns.items() if any(cell.text for cell in cells.values())}
     return Table(list(columns), {row: [cells[row] for cells in columns.values()] for row in comparison.ranking(runs)})
+
+
+def terms(runs: Sequence[Run]) -> Table:
+    """Mean AUROC of the score and of its terms alone, where a method has both."""
+    found = comparison.terms(runs)
+    rows = {str(label): list(_cells(values.rename(str), 4, max).values()) for label, values in found.iterrows()}
+    return Table([str(name) for name in found.columns], rows)
+
+
+def _choices(runs: Sequence[Run]) -> list[str]:
+    """What choosing a number without labels gains over the smallest, for each family of variants."""
+    texts = []
+    for family in families(runs):
+        if one := choose_without_labels(runs, family):
+            error = f" ± {one.error:.4f}" * (one.error >= 0)
+            tested = "too few parts for a test" if one.p is None else f"Wilcoxon p = {one.p:.2g}"
+            texts.append(
+                f"{family.argument} of {family.method} chosen on each part by the AUROC of held-out normal samples "
+                f"against splices of two of them: {one.chosen:.4f}, against {one.first:.4f} at "
+                f"{min(family.labels):g} ({one.chosen - one.first:+.4f}{error}, {tested}, worst part {one.worst:+.3f}, "
+                f"{one.parts} parts); the best single value in hindsight, {one.best_value:g}, has {one.best:.4f}."
+            )
+    return texts
 
 
 def parts(runs: Sequence[Run]) -> Table:
@@ -308,7 +279,7 @@ def _shared(runs: Sequence[Run]) -> dict[str, str]:
     return {
         name: json.dumps(value)
         for name, value in first.items()
-        if name not in {*_CONFIGURATION, "arguments", "files", "version"} and all(c.get(name) == value for c in rest)
+        if name not in {*CONFIGURATION, "arguments", "files", "version"} and all(c.get(name) == value for c in rest)
     }
 
 
@@ -327,7 +298,12 @@ def _page(title: str, experiments: Sequence[Experiment]) -> str:
         for j, (group, mine) in enumerate(comparison.grouped(runs).items()):
             swept.setdefault((group.kind, group.protocol), []).extend(mine)
             shown = {"heading": _heading(group), "extent": _extent(mine), "figures": drawings(mine, f"e{i}g{j}-")}
-            shown |= {"summary": summary(group, mine), "parts": parts(mine), "tested": _tested(mine)}
+            shown |= {
+                "summary": summary(group, mine),
+                "parts": parts(mine),
+                "tested": _tested(mine),
+                "terms": terms(mine),
+            }
             groups.append(shown | {"remarks": [*_failures(mine), *_published(group, mine)[1]]})
         curves = [one for j, mine in enumerate(swept.values()) for one in sweeps(mine, f"e{i}s{j}-")]
         section = {"name": name, "about": about, "extent": _extent(runs), "groups": groups, "sweeps": curves}

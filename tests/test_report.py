@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
-from benchmarks import comparison, figures, report
+from benchmarks import collected, comparison, figures, report, variants
 from benchmarks.comparison import Group
 from benchmarks.report import markdown_table
 
@@ -310,7 +310,7 @@ def test_a_folder_of_single_runs(tmp_path):
     assert markdown_table(RUNS).splitlines()[2] in (tmp_path / "page.md").read_text()
     (folder / "odd.json").write_text("{}")
     with pytest.raises(ValueError, match=r"odd\.json is no record of run: a run lacks label"):
-        report.read(folder)
+        collected.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_what_is_no_record_is_named(tmp_path, text, message):
 
 
 def test_by_default_the_collected_records_of_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.collected.RESULTS", tmp_path)
     (tmp_path / "speed.json").write_text('{"command": "speed"}')
     with pytest.raises(ValueError, match="at least one record of run"):
         report.report(output=tmp_path / "page.html")
@@ -360,3 +360,65 @@ def test_an_interrupted_write_leaves_the_earlier_page(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         report.report([tmp_path / "r.json"], tmp_path / "page.html", "Another title")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def _sweep(values):
+    """A run for each beta on each part: AUROC, and what is known without labels."""
+    return [
+        run(f"Toll (beta={beta:g})", str(part), auroc=auroc, arguments={"beta": beta}, spliced_auroc=known)
+        for beta, row in values.items()
+        for part, (auroc, known) in enumerate(row)
+    ]
+
+
+SWEEP = {0.0: [(0.8, 0.6), (0.9, 0.9)], 1.0: [(0.7, 0.7), (0.95, 0.5)], 10.0: [(0.85, 0.7), (0.5, 0.4)]}
+
+
+def test_a_number_chosen_without_labels_by_hand():
+    (family,) = variants.families(_sweep(SWEEP))
+    assert family.labels == {0.0: "Toll (beta=0)", 1.0: "Toll (beta=1)", 10.0: "Toll (beta=10)"}
+    found = variants.choose_without_labels(_sweep(SWEEP), family)
+    # Part 0 takes beta 1, the smaller of two that are known to be equal; part 1 takes beta 0.
+    assert found.first == pytest.approx(0.85)
+    assert found.chosen == pytest.approx((0.7 + 0.9) / 2)
+    assert found.worst == pytest.approx(-0.1)
+    assert found.error == pytest.approx(0.05)
+    assert (found.best, found.best_value, found.parts, found.p) == (pytest.approx(0.85), 0.0, 2, None)
+    assert "worst part -0.100" in markdown_table(_sweep(SWEEP))
+
+
+def test_nothing_is_chosen_by_what_was_not_measured():
+    runs = _sweep(SWEEP)
+    del runs[0]["spliced_auroc"]
+    (family,) = variants.families(runs)
+    assert variants.choose_without_labels(runs, family).parts == 1
+    assert variants.choose_without_labels([one | {"spliced_auroc": None} for one in runs], family) is None
+    assert variants.families(_sweep({0.0: SWEEP[0.0], 1.0: SWEEP[1.0]})) == []
+
+
+def test_terms_alone_by_hand():
+    both = [
+        run("Toll", str(part), auroc=auroc, term_auroc={"reconstruction": 0.5, "latent": auroc - 0.2})
+        for part, auroc in enumerate((0.9, 0.7))
+    ]
+    table = markdown_table([*both, run("B", "0", term_auroc={"latent": 0.1})])
+    assert "| method | score | reconstruction | latent |" in table
+    assert "| Toll | **0.8000** | 0.5000 | 0.6000 |" in table
+    assert "AUROC of the score and of each of its terms" not in markdown_table(RUNS)
+
+
+def test_a_collected_record_reads_as_its_runs(tmp_path):
+    shared = {"commit": "abc", "dirty": True, "machine": "vax", "date": "2026-01-01"}
+    runs = [one | {"traceback": "/home/me/x.py", "weights": False} for one in RUNS]
+    record = {
+        "command": "run",
+        "experiment": {"name": "n", "about": "a"},
+        **shared,
+        "runs": collected.lean(runs, shared),
+    }
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    assert "/home/me" not in (tmp_path / "r.json").read_text()
+    assert "vax" not in json.dumps(record["runs"])
+    found = collected.read(tmp_path / "r.json")
+    assert (found.name, found.about) == ("n", "a")
+    assert found.runs == RUNS
