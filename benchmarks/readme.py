@@ -6,7 +6,9 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks.collected import read
 from benchmarks.records import RESULTS
+from benchmarks.report import markdown_table
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,7 +20,7 @@ def fill(text: str) -> str:
         msg = f"README.md has marks without a record in {RESULTS}: {', '.join(sorted(without))}"
         raise ValueError(msg)
     for path in sorted(RESULTS.glob("*.json")):
-        mark, table = f"<!-- table: {path.stem} -->", json.loads(path.read_text())["table"]
+        mark, table = f"<!-- table: {path.stem} -->", table_of(path)
         if mark not in text:
             msg = f"README.md has no mark {mark}"
             raise ValueError(msg)
@@ -26,6 +28,12 @@ def fill(text: str) -> str:
         after = re.sub(r"\A\n(?:(?!<!-- table).)*?<!-- end -->", "", after, count=1, flags=re.DOTALL)
         text = f"{before}{mark}\n{table}\n<!-- end -->{after}"
     return text
+
+
+def table_of(path: Path) -> str:
+    """The table of a record; of an experiment as it is made now, not when it was run."""
+    record = json.loads(path.read_text())
+    return markdown_table(read(path).runs) if record.get("command") == "run" else str(record["table"])
 
 
 def readme() -> None:
