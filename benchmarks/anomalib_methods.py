@@ -26,7 +26,7 @@ from benchmarks.interfaces import Budget, Detector, Scored, Split
 LARGEST = 256
 
 #: Patches that PatchCore keeps at most: anomalib's search for them takes time in proportion.
-PATCHES = 2000
+PATCHES = 1000
 
 
 class Task(NamedTuple):
@@ -143,7 +143,7 @@ MODELS: dict[str, Model] = {
     "CFA": Model("Cfa", _backbone, _predict, steps=100, batch_size=8),
     "FastFlow": Model("Fastflow", _backbone, _predict, steps=100),
     "SuperSimpleNet": Model("Supersimplenet", _backbone, _predict_supersimplenet, steps=50, batch_size=16),
-    "GANomaly": Model("Ganomaly", lambda _: {}, _predict, False, lambda *_: (32, 32), steps=1000),
+    "GANomaly": Model("Ganomaly", lambda _: {"n_features": 32}, _predict, False, lambda *_: (32, 32), steps=300),
     # Downloads its teacher, and ImageNette unless `imagenet_dir` has it; trains on single images of this size.
     "EfficientAD": Model(
         "EfficientAd", lambda _: {}, _predict, False, lambda *_: (LARGEST, LARGEST), steps=5000, batch_size=1
@@ -175,9 +175,9 @@ class EngineDetector(Detector):
             raise ValueError(msg)
         self._name, self._spec, self._budget, self._seed = name, MODELS[name], budget, seed
         self._kind, self._arguments = _kind(self._spec.kind), arguments
-        known = [p for p in inspect.signature(self._kind).parameters if not p.endswith(("processor", "or", "izer"))]
-        if unknown := set(arguments) - {*known, "image_size"}:
-            msg = f"arguments of {name} are {', '.join(sorted({*known, 'image_size'}))}, got {sorted(unknown)}"
+        known = {"image_size", *inspect.signature(self._kind).parameters}
+        if unknown := set(arguments) - known:
+            msg = f"arguments of {name} must be among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}"
             raise TypeError(msg)
         if name == "EfficientAD" and not budget.pretrained:
             msg = "EfficientAD learns from a pretrained teacher: it has no version with pretrained=False"
@@ -198,9 +198,9 @@ class EngineDetector(Detector):
 
     def fit(self, split: Split) -> None:
         """Build and train."""
+        from anomalib.callbacks import ModelCheckpoint
         from anomalib.engine import Engine
         from lightning.pytorch import seed_everything
-        from anomalib.callbacks import ModelCheckpoint
 
         batches = math.ceil(len(split.train) / self._spec.batch_size)
         epochs = self._budget.max_epochs or max(self._spec.epochs, math.ceil(self._spec.steps / batches))
@@ -239,42 +239,31 @@ class EngineDetector(Detector):
 
     @contextlib.contextmanager
     def _weights(self) -> Iterator[None]:
-        """Within the block backbones are made with the file's weights, or random ones, if the budget says so.
+        """Within the block backbones have the file's weights, or random ones, if the budget says so.
 
-        CFA takes torchvision's, whose weights have the same names, and some models have no argument
-        that keeps timm from downloading.
+        Some models have no argument that keeps timm from downloading, and CFA asks torchvision,
+        whose networks have the same weights by the same names.
         """
         import timm
-        import torchvision
+        from anomalib.models.components import TimmFeatureExtractor
         from anomalib.models.image.cfa import torch_model as cfa
-        from torchvision.models.feature_extraction import create_feature_extractor
 
         if self._budget.pretrained and not self._local:
             yield
             return
-        weights = self._budget.weights if self._local else None
         create = timm.create_model
 
-        def create_randomly(name: str, pretrained: bool = False, **arguments: Any) -> Any:
+        def create_randomly(*names: str, pretrained: bool = False, **arguments: Any) -> Any:
             del pretrained
-            return create(name, pretrained=False, **arguments)
+            return create(*names, pretrained=False, **arguments)
 
-        def extractor(name: str, return_nodes: list[str]) -> Any:
-            network = create_feature_extractor(torchvision.models.get_model(name), return_nodes).eval()
-            if weights is not None:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
-                network.load_state_dict({key: state[key] for key in network.state_dict()})
-            return network
-
-        with mock.patch.object(cfa, "get_feature_extractor", extractor), contextlib.ExitStack() as stack:
-            if weights is None:
-                stack.enter_context(mock.patch.object(timm, "create_model", create_randomly))
-            else:
-                stack.enter_context(local_backbone(self._backbone, weights))
+        random_backbone = mock.patch.object(timm, "create_model", create_randomly)
+        through_timm = mock.patch.object(cfa, "get_feature_extractor", lambda *of: TimmFeatureExtractor(*of).eval())
+        with local_backbone(self._backbone, self._budget.weights) if self._local else random_backbone, through_timm:
             try:
                 yield
             except KeyError as error:
-                msg = f"{weights} must have every weight that {self._name} uses of {self._backbone}, but not {error}"
+                msg = f"{self._budget.weights} must have all weights that {self._name} needs, but does not have {error}"
                 raise ValueError(msg) from error
 
     def score(self, samples: Tensor) -> Scored:
@@ -312,12 +301,13 @@ class EngineDetector(Detector):
 
 
 def _kind(name: str) -> Any:
-    with _apart():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         import anomalib.models
 
         import toll_plugin.anomalib  # noqa: F401  makes Toll an attribute of the above
 
-        return getattr(anomalib.models, name)
+    return getattr(anomalib.models, name)
 
 
 def _dataset(images: Tensor) -> Any:

@@ -17,12 +17,34 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
+
+def _output(name: str, folder: str = "") -> str:
+    return f"python -m benchmarks run {name} --jobs 2 --output benchmarks/results/{folder}{name}.json"
+
+
+def _small(dataset: str, methods: str) -> str:
+    return f" --datasets '[{dataset}]' --methods '[{methods}]' --seeds 1 --max_epochs 1 --jobs 1"
+
+
 #: Benchmarks take minutes; the same commands run small. The rest of a block stays as it is.
 SMALL = {
-    "python -m benchmarks digits": " --seeds 1 --classes [8] --betas [0.01,0] --max_epochs 2 --jobs 1",
+    "python -m benchmarks run quick --jobs 2": " --seeds 1 --datasets '[{digits: {parts: [8]}}]' --max_epochs 2 --jobs 1",
+    _output("digits"): _small("{digits: {parts: [8]}}", "Toll, MemAE, KNN"),
+    _output("inspection"): _small("{mvtec: {root: MVTecAD, parts: [part], image_size: 32}}", "GANomaly, Toll, KNN"),
+    _output("images"): _small("{mnist: {parts: [3]}}", "Toll, KNN"),
+    _output("tables"): _small("{odds: {root: ODDS, parts: [small]}}", "TollDetector, KNN"),
+    _output("beta", "studies/"): _small("{digits: {parts: [8]}}", "{Toll: {beta: 0.0}}, {Toll: {beta: 1.0}}"),
+    (
+        "python -m benchmarks run quick --name parts --datasets '[{mvtec: {root: my_images, image_size: 64}}]'"
+        " --methods '[Toll, MemAE, KNN]'"
+    ): " --seeds 1 --max_epochs 1",
+    (
+        "python -m benchmarks run tables --name machines --datasets '[{file: {path: machines.csv, label: fault}}]'"
+        " --methods '[TollDetector, KNN, IForest, LUNAR]'"
+    ): " --seeds 1 --methods [KNN,IForest]",
+    "python -m benchmarks linear": " --steps 20 --seeds 1 --betas [0.3] --figure linear.png",
     "python -m benchmarks overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
     "python -m benchmarks imports": " --repeats 1",
-    "python -m benchmarks tables '[\"ODDS\"]'": " --names [small] --seeds 1 --methods [TollDetector,KNN] --jobs 1",
     **{
         line: " --seeds 1 --iterations 40 --jobs 1"
         for _, code in BLOCKS
@@ -77,7 +99,9 @@ def _tables(folder):
     write_arrhythmia(folder / "ODDS", folder / "splits")
     labels = np.arange(120) < 20
     savemat(folder / "ODDS/small.mat", {"X": rng.normal(size=(120, 5)) + 4 * labels[:, None], "y": labels})
-    pd.DataFrame(rng.normal(size=(200, 4)), columns=list("abcd")).to_csv(folder / "sensors.csv", index=False)
+    frame = pd.DataFrame(rng.normal(size=(200, 4)), columns=list("abcd"))
+    frame.to_csv(folder / "sensors.csv", index=False)
+    frame.assign(fault=rng.integers(0, 2, 200)).to_csv(folder / "machines.csv", index=False)
 
 
 def _command(kind: str, code: str) -> list[str]:

@@ -1,0 +1,254 @@
+"""anomalib's models as the benchmarks train them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import tempfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from anomalib.models.components import TimmFeatureExtractor
+from torch import nn
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from benchmarks.anomalib_methods import MODELS, EngineDetector
+from benchmarks.interfaces import Budget, Split
+
+RANDOM = Budget(max_epochs=1, pretrained=False)
+#: What keeps a fit to a second.
+FAST = {
+    "Toll": {"beta": 0.3},
+    "PaDiM": {"n_features": 8},
+    "PatchCore": {},
+    "DFKDE": {"n_pca_components": 2},
+    "GANomaly": {"n_features": 4, "latent_vec_size": 8},
+}
+NEEDS_BACKBONE = [name for name, model in MODELS.items() if model.backbone]
+
+
+def _split(channels=1, side=16, dtype=torch.uint8):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (32, channels, side, side), generator=generator)
+    images[:24] //= 4
+    images = images.to(torch.uint8) if dtype == torch.uint8 else images / 255
+    return Split(images[:16], images[16:22], images[22:], np.arange(10) > 1)
+
+
+def _fitted(name, seed=0, split=None):
+    detector = EngineDetector(name, RANDOM, seed, **FAST[name])
+    detector.fit(split or _split())
+    return detector
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return {name: _fitted(name) for name in FAST}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    network = timm.create_model("resnet18", features_only=True, out_indices=[1, 2, 3])
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_scores_are_raw_and_of_each_sample_alone(fitted, name):
+    test = _split().test
+    found = fitted[name].score(test)
+    assert found.scores.shape == (10,)
+    assert found.scores.dtype == np.float64
+    assert len(np.unique(found.scores)) == 10
+    order = np.random.default_rng(0).permutation(10)
+    np.testing.assert_allclose(fitted[name].score(test[order]).scores, found.scores[order], rtol=1e-4)
+    np.testing.assert_allclose(fitted[name].score(test[3:4]).scores, found.scores[3:4], rtol=1e-4)
+    assert found.maps is None or found.maps.shape == (10, *fitted[name].facts()["image_size"])
+    assert (found.maps is None) == (name in {"DFKDE", "GANomaly"})
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_same_seed_gives_the_same_scores(fitted, name):
+    test = _split().test
+    first = fitted[name].score(test).scores
+    np.testing.assert_allclose(_fitted(name).score(test).scores, first, rtol=1e-5)
+    if name not in {"PatchCore"}:  # so few patches that any start keeps much the same
+        assert not np.allclose(_fitted(name, seed=1).score(test).scores, first, rtol=1e-5)
+
+
+def test_tolls_terms_make_its_score(fitted):
+    found = fitted["Toll"].score(_split().test)
+    np.testing.assert_allclose(found.terms["reconstruction"] + 0.3 * found.terms["latent"], found.scores, rtol=1e-5)
+    # The map is the residual's norm over the channels, so its norm is the reconstruction term.
+    np.testing.assert_allclose(np.linalg.norm(found.maps, axis=(1, 2)), found.terms["reconstruction"], rtol=1e-5)
+    assert fitted["Toll"].facts() == {
+        "epochs": 1,
+        "parameters": sum(p.numel() for p in fitted["Toll"]._model.parameters()),
+        "image_size": [16, 16],
+        "backbone": None,
+        "pretrained": None,
+    }
+
+
+def test_bytes_and_floats_are_the_same_images(fitted):
+    scores = [fitted["Toll"].score(_split(dtype=dtype).test).scores for dtype in (torch.uint8, torch.float32)]
+    np.testing.assert_allclose(*scores, rtol=1e-6)
+
+
+def test_ganomaly_by_a_loop(fitted):
+    test, detector = _split().test, fitted["GANomaly"]
+    see = Compose([Resize((32, 32), antialias=True), Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    expected = []
+    with torch.no_grad():
+        for image in test:
+            _, first, second = detector._model.model.generator(see(image.float().expand(3, -1, -1) / 255)[None])
+            expected.append(float((first - second).square().mean()))
+    np.testing.assert_allclose(detector.score(test).scores, expected, rtol=1e-4)
+
+
+def test_images_are_resized_as_in_training():
+    split = _split(channels=3, side=160)
+    detector = EngineDetector("PaDiM", RANDOM, 0, n_features=8, image_size=64)
+    seen = []
+    detector.fit(split)
+    detector._model.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    detector.score(split.test)
+    expected = Resize((64, 64), antialias=True)(split.test.float() / 255)
+    expected = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(expected)
+    torch.testing.assert_close(torch.cat(seen), expected)
+
+
+def test_dfkde_is_anomalibs_density_until_that_underflows(fitted):
+    detector, test = fitted["DFKDE"], _split().test
+    features = torch.cat([torch.zeros(1, 256), torch.eye(256)[:4] * 3, torch.eye(256)[:4] * 1e4])
+    detector._model.model.get_features = lambda _: features.clone()
+    found = detector.score(test[:9]).scores
+    with torch.no_grad():
+        density = detector._model.model.classifier.compute_kde_scores(features.clone(), as_log_likelihood=True).numpy()
+    del detector._model.model.get_features
+    near = np.isfinite(density)
+    assert near.sum() >= 2
+    np.testing.assert_allclose(found[near] - found[near][0], density[near][0] - density[near], rtol=1e-3, atol=1e-3)
+    assert not near.all()
+    assert len(np.unique(found[~near])) == (~near).sum()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((8, 8), 64), ((28, 28), 64), ((64, 64), 64), ((100, 90), 96), ((128, 128), 128), ((900, 700), 256)],
+)
+def test_sizes_that_backbones_see(shape, size):
+    assert MODELS["PaDiM"].size(*shape) == (size, size)
+    assert MODELS["Toll"].size(*shape) == shape
+    assert MODELS["GANomaly"].size(*shape) == (32, 32)
+
+
+def test_patchcores_bank_has_a_bound(fitted):
+    from benchmarks.anomalib_methods import PATCHES, Task
+
+    # 64x64 pixels are 8x8 patches: 16 images have 1024.
+    assert len(fitted["PatchCore"]._model.model.memory_bank) == 102
+    large = MODELS["PatchCore"].arguments(Task((64, 64), 6000, 1, "resnet18", 0))
+    assert large["coreset_sampling_ratio"] == PATCHES / 384000
+    detector = EngineDetector("PatchCore", RANDOM, 0, coreset_sampling_ratio=0.05)
+    detector.fit(_split())
+    assert len(detector._model.model.memory_bank) == 51
+    # What the bank, of 384 numbers in 4 bytes, adds to the size.
+    assert fitted["PatchCore"].size() - detector.size() == 51 * 384 * 4
+
+
+@pytest.mark.parametrize("name", NEEDS_BACKBONE)
+def test_random_weights_only_where_asked_for(name, monkeypatch):
+    def refuse(*_, **arguments):
+        if arguments.get("pretrained") is not False:
+            msg = "a download"
+            raise OSError(msg)
+        return create(*_, **arguments)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    detector = EngineDetector(name, RANDOM, 0)
+    detector._build(_split().train)
+    assert detector.facts()["pretrained"] == "random"
+    assert detector.facts()["backbone"] == "resnet18"
+    with pytest.raises(OSError, match="a download"):
+        EngineDetector(name, Budget(), 0)._build(_split().train)
+
+
+@pytest.mark.parametrize("name", NEEDS_BACKBONE)
+def test_local_weights(name, weights, monkeypatch):
+    def refuse(*_, **__):
+        msg = "a download"
+        raise OSError(msg)
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    detector = EngineDetector(name, Budget(weights=weights), 0)
+    detector._build(_split().train)
+    assert detector.facts()["pretrained"] == "imagenet, local file"
+    state = torch.load(weights)
+    networks = [m for m in detector._model.modules() if isinstance(m, (TimmFeatureExtractor, nn.Module))]
+    held = [m.state_dict() for m in networks if type(m).__name__ == "FeatureGetterNet"]
+    held = held or [m.state_dict() for m in networks if type(m).__name__ == "FeatureListNet"]
+    assert any(all(torch.equal(value, state[key]) for key, value in one.items()) for one in held)
+
+
+def test_weights_that_are_not_there(tmp_path, weights):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        EngineDetector("PaDiM", Budget(weights=tmp_path / "nowhere.pth"), 0)
+    detector = EngineDetector("DFKDE", Budget(weights=weights), 0, layers=["layer4"])
+    with pytest.raises(ValueError, match=r"must have all weights that DFKDE needs, but does not have 'layer4"):
+        detector.fit(_split())
+    # A model without a backbone does not ask for them.
+    EngineDetector("GANomaly", Budget(weights=tmp_path / "nowhere.pth"), 0)
+
+
+def _surroundings():
+    return (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),  # noqa: NPY002
+        torch.get_rng_state().tolist(),
+        dict(os.environ),
+        logging.root.manager.disable,
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_behind(tmp_path, monkeypatch, capfd, fails):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    detector = EngineDetector("GANomaly", RANDOM, 3, **FAST["GANomaly"])
+    before = _surroundings()
+    if fails:
+        monkeypatch.setattr(detector._kind, "training_step", None)
+        with pytest.raises(TypeError):
+            detector.fit(_split())
+    else:
+        detector.fit(_split())
+        detector.score(_split().test)
+    assert _surroundings() == before
+    assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [folder]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_epochs():
+    split = _split()
+    for name, epochs in (("FRE", 2), ("PaDiM", 1)):  # PaDiM takes one pass, whatever it is granted
+        detector = EngineDetector(name, Budget(max_epochs=2, pretrained=False), 0)
+        detector.fit(split)
+        assert detector.facts()["epochs"] == epochs
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"name must be one of Toll, PatchCore, .*, got 'Patchcore'"):
+        EngineDetector("Patchcore", RANDOM, 0)
+    with pytest.raises(TypeError, match=r"arguments of PaDiM must be among backbone, .*, got depth"):
+        EngineDetector("PaDiM", RANDOM, 0, depth=3)
+    with pytest.raises(ValueError, match="no version with pretrained=False"):
+        EngineDetector("EfficientAD", RANDOM, 0)
