@@ -137,7 +137,7 @@ MODELS: dict[str, Model] = {
     "PaDiM": Model("Padim", _backbone, _predict),
     "DFM": Model("Dfm", lambda task: {**_backbone(task), "layer": "layer3"}, _predict),
     "DFKDE": Model("Dfkde", lambda task: {**_backbone(task), "layers": ["layer3"]}, _predict_dfkde),
-    "FRE": Model("Fre", _fre, _predict, steps=400),
+    "FRE": Model("Fre", _fre, _predict, steps=200),
     "STFPM": Model("Stfpm", _backbone, _predict, steps=100),
     "ReverseDistillation": Model("ReverseDistillation", _backbone, _predict, steps=100, batch_size=16),
     "CFA": Model("Cfa", _backbone, _predict, steps=100, batch_size=8),

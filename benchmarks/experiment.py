@@ -17,6 +17,7 @@ from benchmarks.records import cluster, finish, provenance
 from benchmarks.report import markdown_table, report
 from benchmarks.runs import Configuration, Runs, run_missing
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
+from toll_plugin.image_sets import data_root
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
@@ -277,7 +278,7 @@ def list_() -> None:
         print(f"  {path.stem:<14} {yaml.safe_load(path.read_text())['about']}")
     for kind, methods in METHODS.items():
         print(f"\nmethods for {kind}:\n  {', '.join(methods)}")
-    print("\ndata sets:")
+    print(f"\ndata sets, looked for in {data_root()} (TOLL_DATA_ROOT), or where their root or path says:")
     for name, data in DATASETS.items():
         try:
             parts = data.parts({})

@@ -28,7 +28,7 @@ def _small(dataset: str, methods: str) -> str:
 
 #: Benchmarks take minutes; the same commands run small. The rest of a block stays as it is.
 SMALL = {
-    "python -m benchmarks run quick --jobs 2": " --seeds 1 --datasets '[{digits: {parts: [8]}}]' --max_epochs 2 --jobs 1",
+    "python -m benchmarks run quick --jobs 2": _small("{digits: {parts: [8]}}", "Toll, MemAE, DeepSVDD, KNN"),
     _output("digits"): _small("{digits: {parts: [8]}}", "Toll, MemAE, KNN"),
     _output("inspection"): _small("{mvtec: {root: MVTecAD, parts: [part], image_size: 32}}", "GANomaly, Toll, KNN"),
     _output("images"): _small("{mnist: {parts: [3]}}", "Toll, KNN"),
