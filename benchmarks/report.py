@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks import comparison
 from benchmarks.collected import CONFIGURATION, Experiment, collected, read
 from benchmarks.comparison import Difference, Group, Run
+from benchmarks.published import PUBLISHED
 from benchmarks.records import RESULTS, whole
 from benchmarks.variants import choose_without_labels, families
 
@@ -144,7 +145,11 @@ def summary(group: Group, runs: Sequence[Run]) -> Table:
 def terms(runs: Sequence[Run]) -> Table:
     """Mean AUROC of the score and of its terms alone, where a method has both."""
     found = comparison.terms(runs)
-    rows = {str(label): list(_cells(values.rename(str), 4, max).values()) for label, values in found.iterrows()}
+    rows = {
+        label: list(_cells(found.loc[label].rename(str), 4, max).values())
+        for label in comparison.ranking(runs)
+        if label in found.index
+    }
     return Table([str(name) for name in found.columns], rows)
 
 
@@ -206,8 +211,6 @@ def _published(group: Group, runs: Sequence[Run]) -> tuple[dict[str, Cell], list
 
     They all trained on normal samples only, so nothing is published of the unsupervised protocol.
     """
-    from benchmarks.paper import PUBLISHED
-
     known = {} if group.protocol == "unsupervised" else PUBLISHED.get(group.dataset, {})
     texts = {_key(method): f"{percent / 100:.3f}" for method, percent in known.items()}
     here = {run["configuration"]["label"]: _key(run["configuration"]["method"]) for run in runs}
