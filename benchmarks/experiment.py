@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -109,7 +110,9 @@ class Plan:
                             yield re.sub(r"[^\w+.-]+", "-", name), configuration, (self, *work)
 
     def _conditions(self) -> dict[str, Any]:
-        budget = asdict(self.budget) | {"weights": self.budget.weights and self.budget.weights.name}
+        weights = self.budget.weights
+        named = weights and f"{weights.name}, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}"
+        budget = asdict(self.budget) | {"weights": named}
         return {**asdict(self.limits), **budget, "rates": list(self.rates), "examples": self.examples}
 
 

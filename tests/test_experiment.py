@@ -420,3 +420,16 @@ def test_list_shows_everything(capsys):
     shown = capsys.readouterr().out
     for name in ("quick", "TollDetector", "PatchCore", "MemAE", "gaussian", "not found here"):
         assert name in shown
+
+
+def test_other_weights_are_another_run(tmp_path):
+    def configuration(content):
+        path = tmp_path / "weights.pth"
+        path.write_bytes(content)
+        plan = experiment._plan(["digits"], ["KNN"], [], 1, Limits(), Budget(weights=path), [], 0)
+        return next(plan.calls())[1]
+
+    first, other = configuration(b"a"), configuration(b"b")
+    assert first != other
+    assert str(tmp_path) not in json.dumps(first)
+    assert first == configuration(b"a")
