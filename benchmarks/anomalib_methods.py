@@ -23,7 +23,7 @@ from benchmarks.backbones import local_backbone
 from benchmarks.interfaces import Budget, Detector, Scored, Split
 
 #: Patches that PatchCore keeps at most: anomalib's search takes as many passes over all patches.
-PATCHES = 1000
+PATCHES = 2000
 
 
 class Task(NamedTuple):
@@ -131,7 +131,7 @@ MODELS: dict[str, Model] = {
     "FastFlow": Model("Fastflow", _backbone, _predict, steps=50),
     "GANomaly": Model("Ganomaly", lambda _: {"n_features": 32}, _predict, False, lambda *_: (32, 32), steps=300),
     # Downloads its teacher, and ImageNette unless `imagenet_dir` has it. A step, of one image, takes seconds.
-    "EfficientAD": Model("EfficientAd", lambda _: {}, _predict, False, lambda *_: (256, 256), steps=500, batch_size=1),
+    "EfficientAd": Model("EfficientAd", lambda _: {}, _predict, False, lambda *_: (256, 256), steps=500, batch_size=1),
 }
 
 
@@ -163,8 +163,8 @@ class EngineDetector(Detector):
         if unknown := set(arguments) - known:
             msg = f"arguments of {name} must be among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}"
             raise TypeError(msg)
-        if name == "EfficientAD" and not budget.pretrained:
-            msg = "EfficientAD learns from a pretrained teacher: it has no version with pretrained=False"
+        if name == "EfficientAd" and not budget.pretrained:
+            msg = "EfficientAd learns from a pretrained teacher: it has no version with pretrained=False"
             raise ValueError(msg)
         self._backbone = arguments.get("backbone", budget.backbone) if self._spec.backbone else None
         if self._local and not budget.weights.is_file():
@@ -196,7 +196,7 @@ class EngineDetector(Detector):
                 # Toll keeps its best weights in memory; a file per epoch would be deleted with the folder.
                 callbacks=[ModelCheckpoint(save_top_k=0)],
                 max_epochs=epochs,
-                # Only Toll stops by it; EfficientAD needs it once, for quantiles.
+                # Only Toll stops by it; EfficientAd needs it once, for quantiles.
                 check_val_every_n_epoch=1 if self._name == "Toll" else epochs,
                 accelerator="cpu",
                 devices=1,
@@ -280,7 +280,7 @@ class EngineDetector(Detector):
             "parameters": sum(p.numel() for p in self._model.model.parameters()),
             "image_size": list(self._size),
             "backbone": self._backbone,
-            "pretrained": "imagenet, anomalib" if self._name == "EfficientAD" else weights,
+            "pretrained": "imagenet, anomalib" if self._name == "EfficientAd" else weights,
         }
 
 

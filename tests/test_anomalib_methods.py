@@ -215,6 +215,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch, capfd, fails):
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     detector = EngineDetector("GANomaly", RANDOM, 3, **FAST["GANomaly"])
+    monkeypatch.setattr(logging.root.manager, "disable", 0)
     before = _surroundings()
     if fails:
         monkeypatch.setattr(detector._kind, "training_step", _refuse)
@@ -243,4 +244,4 @@ def test_arguments_are_checked():
     with pytest.raises(TypeError, match=r"arguments of PaDiM must be among backbone, .*, got depth"):
         EngineDetector("PaDiM", RANDOM, 0, depth=3)
     with pytest.raises(ValueError, match="no version with pretrained=False"):
-        EngineDetector("EfficientAD", RANDOM, 0)
+        EngineDetector("EfficientAd", RANDOM, 0)
