@@ -173,13 +173,13 @@ def nemenyi(runs: Sequence[Run], metric: str = "auroc") -> Nemenyi | None:
 
 
 def terms(runs: Sequence[Run]) -> DataFrame:
-    """Mean AUROC over parts of the score and of each of its terms alone, for labels that have both terms."""
+    """Mean AUROC over parts of Toll's score and of each of its terms alone; others' scores are other sums."""
     from pandas import DataFrame
 
     rows = [
         {"label": run["configuration"]["label"], "score": run["metrics"]["auroc"], **run["term_auroc"]}
         for run in runs
-        if len(run.get("term_auroc", {})) > 1
+        if len(run.get("term_auroc", {})) > 1 and str(run["configuration"]["method"]).startswith("Toll")
     ]
     return DataFrame(rows).groupby("label", sort=False).mean() if rows else DataFrame()
 

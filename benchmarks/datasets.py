@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,21 +12,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from benchmarks.image_folders import categories, files_of, inspected
 from benchmarks.interfaces import Split
-from toll_plugin.core.checks import check_integer, check_option
+from benchmarks.table_data import (
+    COLLECTIONS,
+    Table,
+    at_most,
+    file_of,
+    find_table,
+    gaussian,
+    halves,
+    read_file,
+    read_table,
+)
 from toll_plugin.image_sets import ImageSetName, data_root
 
 Kind = Literal["images", "table"]
 Arguments = Mapping[str, Any]
-Table = tuple[np.ndarray, np.ndarray]
 
 PROTOCOLS = ("semi-supervised", "unsupervised")
-
-#: ODDS' tables that were not looked at while the defaults of this package were chosen.
-CHECK = ("vertebral", "lympho", "ionosphere", "cardio", "shuttle", "pendigits", "musk", "mnist")
-
-#: Those that defaults may be chosen by.
-SEARCH = ("glass", "letter", "optdigits", "pima", "satellite", "satimage-2", "vowels", "wbc")
 
 
 @dataclass(frozen=True)
@@ -83,24 +86,11 @@ class DataSet:
         return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()[:16]
 
 
-def halves(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Half of the normal rows to train on; the others and all anomalies, shuffled, to test on; their labels."""
-    draw = np.random.default_rng(seed)
-    normal = draw.permutation(np.flatnonzero(y == 0))
-    half = len(normal) // 2
-    test = draw.permutation(np.concatenate([normal[half:], np.flatnonzero(y == 1)]))
-    return x[normal[:half]], x[test], y[test]
-
-
-def _at_most(x: np.ndarray, y: np.ndarray, max_rows: int) -> Table:
-    """The table, or so many of its rows, always the same."""
-    chosen = slice(None) if len(x) <= max_rows else np.random.default_rng(0).permutation(len(x))[:max_rows]
-    return x[chosen], y[chosen]
-
-
 def _rows(x: np.ndarray, y: np.ndarray, protocol: str, seed: int, limits: Limits) -> Split:
-    x, y = _at_most(x, y, limits.max_rows)
+    x, y = at_most(x, y, limits.max_rows)
     train, test, y = halves(x, y, seed) if protocol == "semi-supervised" else (x, x, y)
+    if protocol == "unsupervised" and limits.validation_rows:  # files are often sorted by label
+        train = train[np.random.default_rng(seed).permutation(len(train))]
     held_out = round(limits.validation_rows * len(train))
     train, validation = train[held_out:], train[:held_out]
     return Split(*(torch.from_numpy(rows) for rows in (train, validation, test)), y == 1)
@@ -161,59 +151,6 @@ def _set(name: ImageSetName, kind: str, folder: str, about: str) -> DataSet:
     )
 
 
-def _categories(arguments: Arguments) -> list[str]:
-    root = _folder(arguments)
-    found = (
-        [root.name] if (root / "train/good").is_dir() else sorted(p.parents[1].name for p in root.glob("*/train/good"))
-    )
-    if not found:
-        msg = f"root must hold train/good, or folders that do, as MVTec AD has them, got {root}"
-        raise FileNotFoundError(msg)
-    return found
-
-
-def _folder(arguments: Arguments) -> Path:
-    return Path(arguments["root"]).expanduser() if "root" in arguments else data_root() / "MVTecAD"
-
-
-def _category(arguments: Arguments, part: str) -> Path:
-    root = _folder(arguments)
-    return root if (root / "train/good").is_dir() else root / part
-
-
-def _parts_images(arguments: Arguments, part: str, seed: int) -> Split:
-    """A category, resized; a fifth of the normal training images validates."""
-    from anomalib.data.datasets.image.mvtecad import make_mvtec_ad_dataset
-    from PIL import Image
-
-    size = check_integer("image_size", arguments.get("image_size", 256), minimum=8)
-    samples = make_mvtec_ad_dataset(_category(arguments, part))
-
-    def read(path: str, mode: str) -> np.ndarray:
-        resample = Image.Resampling.NEAREST if mode == "1" else Image.Resampling.BILINEAR
-        with Image.open(path) as image:
-            return np.asarray(image.convert(mode).resize((size, size), resample))
-
-    def images(rows: Any) -> torch.Tensor:
-        return torch.from_numpy(np.stack([read(path, "RGB") for path in rows.image_path])).permute(0, 3, 1, 2).clone()
-
-    train, test = (samples[samples.split == name] for name in ("train", "test"))
-    order = np.random.default_rng(seed).permutation(len(train))
-    held_out = max(1, round(0.2 * len(train)))
-    anomalous = test.label_index.to_numpy() == 1
-    masks = None
-    if (test.mask_path[anomalous] != "").any():
-        empty = np.zeros((size, size), bool)
-        masks = np.stack([read(path, "1") if path else empty for path in test.mask_path])
-    return Split(
-        images(train.iloc[order[held_out:]]), images(train.iloc[order[:held_out]]), images(test), anomalous, masks
-    )
-
-
-def _images_of(arguments: Arguments, part: str) -> list[Path]:
-    return sorted(path for path in _category(arguments, part).rglob("*") if path.is_file())
-
-
 def _tables_root(collection: str, arguments: Arguments) -> Path:
     return Path(arguments["root"]).expanduser() if "root" in arguments else data_root() / collection
 
@@ -222,42 +159,14 @@ def _tables(collection: str, arguments: Arguments) -> list[str]:
     root = _tables_root(collection, arguments)
     found = sorted(path.stem for kind in ("mat", "npz") for path in root.glob(f"*.{kind}"))
     if not found:
-        msg = f"no .mat or .npz table in {root}: download them from {_FROM[collection]}, or name their folder by root"
+        remedy = f"download them from {COLLECTIONS[collection]}, or name their folder by root"
+        msg = f"no .mat or .npz table in {root}: {remedy}"
         raise FileNotFoundError(msg)
     return found
 
 
-_FROM = {
-    "ODDS": "https://odds.cs.stonybrook.edu",
-    "ADBench": "https://github.com/Minqi824/ADBench",
-}
-
-
 def _table_path(collection: str, arguments: Arguments, part: str) -> Path:
     return find_table(part, [_tables_root(collection, arguments)])
-
-
-def find_table(name: str, roots: Sequence[Path]) -> Path:
-    """``NAME.mat`` (ODDS) or ``NAME.npz`` (ADBench) in the first of ``roots`` that has it."""
-    for root in roots:
-        for path in (root / f"{name}.mat", root / f"{name}.npz"):
-            if path.is_file():
-                return path
-    msg = f"no {name}.mat or {name}.npz in {', '.join(map(str, roots))}: see {_FROM['ODDS']}"
-    raise FileNotFoundError(msg)
-
-
-def read_table(path: Path) -> Table:
-    """Rows in double precision, and labels, 1 for an anomaly, of a file with ``X`` and ``y``."""
-    from scipy.io import loadmat
-
-    table = loadmat(path) if path.suffix == ".mat" else np.load(path)
-    return np.asarray(table["X"], dtype=float), np.asarray(table["y"]).ravel().astype(int)
-
-
-def load(name: str, roots: Sequence[Path], max_rows: int = 10_000) -> Table:
-    """A table of ODDS or ADBench by name."""
-    return _at_most(*read_table(find_table(name, roots)), max_rows)
 
 
 def _collection(collection: str, about: str) -> DataSet:
@@ -268,60 +177,6 @@ def _collection(collection: str, about: str) -> DataSet:
         lambda arguments, part: [_table_path(collection, arguments, part)],
         lambda arguments, part: read_table(_table_path(collection, arguments, part)),
     )
-
-
-def _file(arguments: Arguments) -> Path:
-    if "path" not in arguments:
-        msg = "the data set file needs a path, as in {file: {path: sensors.csv, label: anomaly}}"
-        raise ValueError(msg)
-    return Path(arguments["path"]).expanduser()
-
-
-def _read_file(arguments: Arguments, _: str) -> Table:
-    import pandas as pd
-
-    path, label = _file(arguments), arguments.get("label", "label")
-    check_option("the suffix of path", path.suffix, (".csv", ".parquet"))
-    frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    if label not in frame.columns:
-        msg = f"label must name a column of {path}, {list(frame.columns)}, got {label!r}"
-        raise ValueError(msg)
-    values = frame.pop(label)
-    if not values.isin([0, 1]).all():
-        msg = f"column {label!r} of {path} must hold 1 for an anomaly and 0 for a normal row, got {values.unique()[:5]}"
-        raise ValueError(msg)
-    odd = [name for name, kind in frame.dtypes.items() if kind.kind not in "biuf"]
-    if odd:
-        msg = f"columns of {path} must be numbers, got {', '.join(map(repr, odd))}: encode or drop them"
-        raise ValueError(msg)
-    return frame.to_numpy(dtype=float), values.to_numpy(dtype=int)
-
-
-def _gaussian(arguments: Arguments, part: str) -> Table:
-    """Rows around a curved surface of ``factors`` dimensions; anomalies lie off it.
-
-    Every informative column is a fixed mixture of the factors and of their products, with noise.
-    Anomalies combine the factors of different rows, so that each column alone looks normal.
-    """
-    if not re.fullmatch(r"\d+(\+\d+)?", part):
-        msg = f"a part must be like 16 or 16+48, columns and columns of noise, got {part!r}"
-        raise ValueError(msg)
-    informative, _, added = part.partition("+")
-    informative, noise = check_integer("columns", int(informative), minimum=2), int(added or 0)
-    factors = check_integer("factors", arguments.get("factors", 4), minimum=1)
-    rows = check_integer("rows", arguments.get("rows", 1000), minimum=10)
-    draw = np.random.default_rng(0)
-    code = draw.normal(size=(2 * rows + rows // 5, factors))
-    curved = np.concatenate([code, np.sin(2 * code), code * code[:, ::-1]], axis=1)
-    y = (np.arange(len(code)) >= 2 * rows).astype(int)
-    mixing = draw.normal(size=(curved.shape[1], informative)) / np.sqrt(curved.shape[1])
-    x = curved @ mixing
-    # A quarter of an anomaly's columns belong to another row.
-    donors = x[draw.integers(0, 2 * rows, int(y.sum()))]
-    taken = draw.random((int(y.sum()), informative)) < 0.25
-    x[y == 1] = np.where(taken, donors, x[y == 1])
-    x += 0.3 * draw.normal(size=x.shape)
-    return np.concatenate([x, draw.normal(size=(len(x), noise))], axis=1), y
 
 
 DATASETS: dict[str, DataSet] = {
@@ -344,27 +199,27 @@ DATASETS: dict[str, DataSet] = {
     "mvtec": DataSet(
         "MVTec AD, or one folder or several in its layout; masks give pixel metrics",
         "images",
-        _categories,
-        _images_of,
-        _parts_images,
+        categories,
+        files_of,
+        inspected,
         ("root", "image_size"),
     ),
     "odds": _collection("ODDS", "the tables of a folder with ODDS' .mat files"),
     "adbench": _collection("ADBench", "the tables of a folder with ADBench's .npz files"),
     "file": DataSet(
-        "a CSV or Parquet file with a column of labels (label: its name), 1 for an anomaly",
+        "a CSV or Parquet file with a column of labels (label: its name), 1 for an anomaly; drop: columns to leave out",
         "table",
-        lambda arguments: [_file(arguments).stem],
-        lambda arguments, _: [_file(arguments)],
-        _read_file,
-        ("path", "label"),
+        lambda arguments: [file_of(arguments).stem],
+        lambda arguments, _: [file_of(arguments)],
+        read_file,
+        ("path", "label", "drop"),
     ),
     "gaussian": DataSet(
         "made rows around a curved surface, anomalies off it; a part is FEATURES or FEATURES+NOISE_COLUMNS",
         "table",
         lambda _: ["16", "64", "256"],
         lambda *_: [],
-        _gaussian,
+        gaussian,
         ("factors", "rows"),
     ),
 }

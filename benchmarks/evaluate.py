@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import threading
 import time
@@ -50,7 +51,7 @@ def evaluate(
         scored = time.perf_counter()
     scores = _ranked(found.scores)
     metrics = image_metrics(split.anomalous, scores)
-    if found.maps is not None and split.masks is not None:
+    if found.maps is not None and split.masks is not None and split.masks.any():
         metrics |= pixel_metrics(split.masks, found.maps)
     return {
         "metrics": metrics,
@@ -170,7 +171,7 @@ def _examples(split: Split, found: Scored, count: int, side: int = 96) -> list[d
             "image": _png(np.moveaxis(image.numpy(), 0, -1).squeeze(), side),
             "map": _png(heat, side),
             "mask": None if split.masks is None else _png(split.masks[i].astype(float), side),
-            "score": float(found.scores[i]),
+            "score": float(np.nan_to_num(found.scores[i])),
             "anomalous": bool(split.anomalous[i]),
         }
         for i, image, heat in zip(chosen, images, maps, strict=True)
@@ -190,9 +191,13 @@ def _png(pixels: np.ndarray, side: int) -> str:
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """The first entry becomes the largest resident memory of the block over that at its start, in MB."""
+    """The first entry becomes the largest resident memory of the block over that at its start, in MB.
+
+    A lower bound: memory that the process had freed but not given back is used first.
+    """
     import psutil
 
+    gc.collect()
     process = psutil.Process()
     before = process.memory_info().rss
     found, over = [0.0], threading.Event()

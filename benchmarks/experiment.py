@@ -2,118 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.collected import lean
 from benchmarks.datasets import DATASETS, PROTOCOLS, Limits
 from benchmarks.interfaces import Budget
+from benchmarks.plan import Choice, Named, Plan, all_different, plan_of
 from benchmarks.records import cluster, finish, provenance
 from benchmarks.report import markdown_table, report
-from benchmarks.runs import Configuration, Runs, run_missing
-from toll_plugin.core.checks import check_finite_float, check_integer, check_option
+from benchmarks.runs import Runs, run_missing
 from toll_plugin.image_sets import data_root
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-
-#: A name, or a name with arguments: ``Toll`` or ``{Toll: {beta: 0}}``.
-Named = str | dict[str, dict[str, Any]]
-
-#: In the names of kept runs: a change that moves numbers makes it another.
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A method or a data set with its arguments."""
-
-    name: str
-    arguments: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, what: str, given: Named, known: Mapping[str, Any]) -> Choice:
-        """From what an experiment says.
-
-        Raises:
-            ValueError: If it is neither a name nor a name with arguments, or the name is not ``known``.
-        """
-        if isinstance(given, dict) and len(given) != 1:
-            msg = f"an entry of {what} must be a name, or one name with its arguments, got {given!r}"
-            raise ValueError(msg)
-        name, arguments = (given, {}) if isinstance(given, str) else next(iter(given.items()))
-        check_option(f"an entry of {what}", name, known)
-        return cls(name, arguments or {})
-
-    @property
-    def label(self) -> str:
-        """What tables call it: ``Toll (beta=0)``."""
-        if not self.arguments:
-            return self.name
-        return f"{self.name} ({', '.join(f'{key}={_short(value)}' for key, value in self.arguments.items())})"
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured, without how it is run."""
-
-    datasets: Sequence[Choice]
-    methods: Sequence[Choice]
-    protocols: Sequence[str]
-    seeds: int
-    limits: Limits
-    budget: Budget
-    rates: Sequence[float]
-    examples: int
-
-    def calls(self) -> Iterator[tuple[str, Configuration, tuple[Any, ...]]]:
-        """Label, configuration and arguments of each run; methods that take other data are left out there."""
-        from benchmarks.methods import METHODS
-
-        for choice in self.datasets:
-            data, arguments = DATASETS[choice.name], dict(choice.arguments)
-            parts = [str(part) for part in arguments.pop("parts", None) or data.parts(arguments)]
-            for part in parts:
-                common = {
-                    "version": VERSION,
-                    "kind": data.kind,
-                    "dataset": choice.name,
-                    "dataset_arguments": json.loads(json.dumps(arguments, default=str)),
-                    "part": part,
-                    "files": data.fingerprint(arguments, part),
-                    **self._conditions(),
-                }
-                for protocol in self.protocols if data.kind == "table" else PROTOCOLS[:1]:
-                    for seed in range(self.seeds):
-                        for method in self.methods:
-                            if method.name not in METHODS[data.kind]:
-                                continue
-                            configuration = {
-                                **common,
-                                "protocol": protocol,
-                                "seed": seed,
-                                "method": method.name,
-                                "label": method.label,
-                                "arguments": dict(method.arguments),
-                            }
-                            name = "_".join([choice.name, part, protocol, method.label, str(seed)])
-                            work = (choice, arguments, part, protocol, seed, method)
-                            yield re.sub(r"[^\w+.-]+", "-", name), configuration, (self, *work)
-
-    def _conditions(self) -> dict[str, Any]:
-        weights = self.budget.weights
-        named = weights and f"{weights.name}, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}"
-        budget = asdict(self.budget) | {"weights": named}
-        return {**asdict(self.limits), **budget, "rates": list(self.rates), "examples": self.examples}
 
 
 def run(
@@ -175,7 +78,7 @@ def run(
     if jobs == 0:
         msg = "jobs must not be 0; -1 is one for each core"
         raise ValueError(msg)
-    plan = _plan(
+    plan = plan_of(
         datasets,
         methods,
         protocols,
@@ -186,6 +89,7 @@ def run(
         examples,
     )
     calls = list(plan.calls())
+    all_different([configuration for _, configuration, _ in calls])
     if not calls:
         msg = f"none of methods, {[m.label for m in plan.methods]}, takes the data of {[d.name for d in plan.datasets]}"
         raise ValueError(msg)
@@ -195,6 +99,9 @@ def run(
         parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before hours of work
     with cluster(scheduler):
         records = run_missing(Runs(runs), _run, calls, jobs, name)
+    others = sum(r["provenance"]["commit"] != begun["commit"] for r in records)
+    if others:
+        print(f"{others} runs were made by other commits, which the report names")
     record = {"command": "run", "experiment": {"name": name, "about": about}, **begun}
     finish(output, {**record, "table": markdown_table(records), "runs": lean(records, begun)})
     report([output], page)
@@ -203,47 +110,6 @@ def run(
     if failed:
         msg = f"{len(failed)} of {len(records)} runs failed, the first with {failed[0]['error']}"
         raise SystemExit(msg)
-
-
-def _plan(
-    datasets: Sequence[Named],
-    methods: Sequence[Named],
-    protocols: Sequence[str],
-    seeds: int,
-    limits: Limits,
-    budget: Budget,
-    rates: Sequence[float],
-    examples: int,
-) -> Plan:
-    """Checked before anything is run."""
-    from benchmarks.methods import METHODS
-
-    data = [Choice.of("datasets", given, DATASETS) for given in datasets]
-    for choice in data:
-        for argument in choice.arguments:
-            check_option(f"an argument of {choice.name}", argument, ("parts", *DATASETS[choice.name].arguments))
-    known = {name: None for kind in METHODS.values() for name in kind}
-    compared = [Choice.of("methods", given, known) for given in methods]
-    for protocol in protocols:
-        check_option("an entry of protocols", protocol, PROTOCOLS)
-    for name, value in (
-        ("max_train", limits.max_train),
-        ("max_test", limits.max_test),
-        ("max_epochs", budget.max_epochs),
-    ):
-        if value is not None:
-            check_integer(name, value, minimum=1)
-    check_integer("max_rows", limits.max_rows, minimum=10)
-    check_integer("seeds", seeds, minimum=1)
-    check_integer("examples", examples, minimum=0)
-    for name, value in (("validation_rows", limits.validation_rows), *(("an entry of rates", rate) for rate in rates)):
-        if check_finite_float(name, value, minimum=0) >= 1:
-            msg = f"{name} must be below 1, got {value!r}"
-            raise ValueError(msg)
-    if budget.weights is not None and not budget.weights.is_file():
-        msg = f"there is no file weights, {budget.weights}"
-        raise FileNotFoundError(msg)
-    return Plan(data, compared, protocols, seeds, limits, budget, rates, examples)
 
 
 def _run(
@@ -306,4 +172,4 @@ def with_experiment(words: Sequence[str]) -> list[str]:
         known = ", ".join(sorted(found.stem for found in EXPERIMENTS.glob("*.yaml")))
         msg = f"there is no experiment {words[1]!r}: name a YAML file or one of {known}"
         raise FileNotFoundError(msg)
-    return ["run", f"--config={path}", f"--name={path.stem}", *words[2:]]
+    return ["run", f"--name={path.stem}", f"--config={path}", *words[2:]]

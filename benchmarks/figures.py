@@ -249,8 +249,8 @@ def _norms(runs: Sequence[Run], looks: dict[str, _Look]) -> Any:
     handles, kinds = rows[0, 0].get_legend_handles_labels()
     _legend(figure, dict(zip(reversed(kinds), reversed(handles), strict=True)))
     caption = (
-        "Norms of test samples' latents; 0 is the centre, to which training draws normal samples. Each run in units "
-        "of its anomalous samples' median, then the mean over runs. Numbers: medians of the norm itself."
+        "Norms of test samples' latents; 0 is the centre, to which Toll's training draws normal samples. Each run in "
+        "units of its anomalous samples' median, then the mean over runs. Numbers: medians of the norm itself."
     )
     caption += f" Of {len(found)} methods with a latent, {len(labels)}." * (len(found) > len(labels))
     return figure, "Latent norms", caption
@@ -331,7 +331,10 @@ def _rare(runs: Sequence[Run], looks: dict[str, _Look]) -> Any:
 
     found = _by_label(runs, "rare")
     names = {"average_precision": "average precision", "precision_at_top": "precision at the top", "auroc": "AUROC"}
-    draws = [draw for mine in found.values() for run in mine for draw in run["rare"]]
+    # Parts with few normal samples cannot reach the lowest rates: a curve must not change its parts on the way.
+    every = [{draw["rate"] for draw in run["rare"]} for mine in found.values() for run in mine]
+    shared = set.intersection(*every) if every else set()
+    draws = [draw for mine in found.values() for run in mine for draw in run["rare"] if draw["rate"] in shared]
     names = {key: name for key, name in names.items() if any(draw.get(key) is not None for draw in draws)}
     if len({draw["rate"] for draw in draws}) < 2 or not names:
         return None
@@ -342,7 +345,7 @@ def _rare(runs: Sequence[Run], looks: dict[str, _Look]) -> Any:
         for label in (label for label in looks if label in found):
             values = defaultdict(list)
             for draw in (draw for run in found[label] for draw in run["rare"]):
-                if draw.get(key) is not None:
+                if draw.get(key) is not None and draw["rate"] in shared:
                     values[draw["rate"]].append(draw[key])
             y = [np.mean(values[rate]) for rate in sorted(values)]
             _line(axes, lines, label, looks[label], sorted(values), y, looks[label].marker)

@@ -10,9 +10,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.datasets import SEARCH, halves, load
 from benchmarks.image_hosts import HOSTS, run_image
 from benchmarks.records import RESULTS, finish, mean_and_error, provenance, run_all
+from benchmarks.table_data import SEARCH, halves, load
 
 DETECTORS = {
     "AutoEncoder": {"verbose": 0},

@@ -1,8 +1,16 @@
-"""Engines and trainers that show nothing and leave nothing behind."""
+"""Engines, trainers and blocks that show nothing and leave nothing behind."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 
 def quiet_engine(folder: str, max_epochs: int) -> Any:
@@ -34,3 +42,27 @@ def quiet_trainer(max_epochs: int) -> Any:
         limit_val_batches=0,
         num_sanity_val_steps=0,
     )
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """A block that shows nothing and leaves global generators, environment and log levels as they were."""
+    import numpy as np
+    import torch
+
+    states, disabled = (random.getstate(), np.random.get_state()), logging.root.manager.disable  # noqa: NPY002
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            mock.patch.dict(os.environ),
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        logging.disable(disabled)

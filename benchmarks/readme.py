@@ -38,4 +38,4 @@ def table_of(path: Path) -> str:
 
 def readme() -> None:
     """Bring the README's tables up to date with the records."""
-    README.write_text(fill(README.read_text()))
+    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")

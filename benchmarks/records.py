@@ -9,14 +9,25 @@ import statistics
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("toll-plugin", "anomalib", "lightning", "torch", "torchvision", "pyod", "scikit-learn", "numpy")
+PACKAGES = (
+    "toll-plugin",
+    "anomalib",
+    "lightning",
+    "torch",
+    "torchvision",
+    "timm",
+    "pyod",
+    "scikit-learn",
+    "scipy",
+    "numpy",
+)
 
 
 def provenance() -> dict[str, Any]:
@@ -32,10 +43,19 @@ def provenance() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain")),
         "python": platform.python_version(),
-        "machine": platform.machine(),
+        "machine": _machine(),
         "cores": os.cpu_count(),
         "packages": {name: number for name in PACKAGES if (number := _version(name))},
     }
+
+
+def _machine() -> str:
+    """The processor's name where the system tells it."""
+    with suppress(OSError), Path("/proc/cpuinfo").open() as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -118,9 +138,9 @@ def mean_and_error(gaps: list[float]) -> str:
 
 
 def finish(path: Path, record: dict[str, Any]) -> None:
-    """Print a record's table and write it as JSON; an interrupted run leaves the earlier file."""
-    print(record["table"])
+    """Write a record as JSON and print its table; an interrupted run leaves the earlier file."""
     write_json(path, record)
+    print(record["table"])
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

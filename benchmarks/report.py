@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -98,7 +99,7 @@ def _markdown(group: Group, runs: list[Run]) -> str:
         what = f"AUROC minus that of {_plain(found[0].reference)}, mean ± standard error (Wilcoxon over parts, Holm)"
         lines += ["", f"{what}: {each}."]
     if (alone := terms(runs)).rows:
-        lines += ["", "AUROC of the score and of each of its terms alone:", "", *_lines(alone)]
+        lines += ["", "AUROC of Toll's score and of each of its terms alone:", "", *_lines(alone)]
     lines += [f"\n{_plain(text)}" for text in (*_choices(runs), *_failures(runs), *_published(group, runs)[1])]
     return "\n".join(lines)
 
@@ -132,7 +133,7 @@ def summary(group: Group, runs: Sequence[Run]) -> Table:
     by_label = frame.groupby("label")
     for name, head in _COSTS.items():
         costs = by_label[name].median()
-        columns[head] = {label: Cell(f"{cost:.0f}" if cost >= 100 else f"{cost:.2g}") for label, cost in costs.items()}
+        columns[head] = {label: Cell(_cost(cost)) for label, cost in costs.items()}
     columns["runs"] = {
         label: Cell(f"{count - failed[label]}" + f", {failed[label]} failed" * bool(failed[label]))
         for label, count in by_label.size().items()
@@ -192,6 +193,10 @@ def _cells(values: Series, digits: int, best: Any, failed: Series | None = None)
         label: Cell(texts[label] + _FAILED * marked[label], best=value == top and not marked[label])
         for label, value in values.items()
     }
+
+
+def _cost(cost: float) -> str:
+    return "-" if math.isnan(cost) else f"{cost:.0f}" if cost >= 100 else f"{cost:.2g}"
 
 
 def _note(runs: Sequence[Run], label: str) -> str:

@@ -141,6 +141,7 @@ def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[
     begun = {"provenance": provenance()}  # of the process that works, which may be on another machine
     try:
         result, weights = function(*arguments)
+        json.dumps(result, allow_nan=False)  # what cannot be written must fail here, as one run
     except Exception as error:  # noqa: BLE001  one failure must not lose the other runs
         return begun | {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}, None
     return begun | result, weights

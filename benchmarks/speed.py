@@ -264,7 +264,7 @@ def _until(roots: list[Path], names: list[str], steps: tuple[int, ...]) -> list[
     from pyod.models.auto_encoder import AutoEncoder
     from sklearn.metrics import roc_auc_score
 
-    from benchmarks.datasets import halves, load
+    from benchmarks.table_data import halves, load
     from toll_plugin.pyod import TollDetector
 
     lines, ratios, missed = [], [], []
@@ -325,7 +325,7 @@ def speed(
     import torch
     from threadpoolctl import threadpool_limits
 
-    from benchmarks.datasets import CHECK
+    from benchmarks.table_data import CHECK
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

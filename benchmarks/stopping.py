@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import protocol
-from benchmarks.datasets import CHECK, SEARCH
 from benchmarks.protocol import Parts, Settings
 from benchmarks.records import RESULTS, finish, mean_and_error, provenance
 from benchmarks.runs import Runs, run_missing
+from benchmarks.table_data import CHECK, SEARCH
 
 #: How many validated steps a smoothed curve averages.
 WINDOW = 5
@@ -99,7 +99,7 @@ def _arrhythmia(root: Path, splits: Path | None, seed: int) -> tuple[Parts, Sett
 
 
 def _table(name: str, roots: list[Path], beta: float, seed: int) -> tuple[Parts, Settings]:
-    from benchmarks.datasets import load
+    from benchmarks.table_data import load
     from toll_plugin.core import TableScaling
 
     x, y = load(name, roots)

@@ -13,7 +13,8 @@ import timm
 import torch
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from benchmarks.anomalib_methods import MODELS, EngineDetector
+from benchmarks.anomalib_methods import EngineDetector
+from benchmarks.anomalib_models import MODELS
 from benchmarks.interfaces import Budget, Split
 
 RANDOM = Budget(max_epochs=1, pretrained=False)
@@ -147,7 +148,7 @@ def test_sizes_that_backbones_see(shape, size):
 
 
 def test_patchcores_bank_has_a_bound(fitted):
-    from benchmarks.anomalib_methods import PATCHES, Task
+    from benchmarks.anomalib_models import PATCHES, Task
 
     # 64x64 pixels are 8x8 patches: 16 images have 1024.
     assert len(fitted["PatchCore"]._model.model.memory_bank) == 102

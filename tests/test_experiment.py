@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,14 +13,17 @@ import pytest
 import torch
 import yaml
 from image_files import write_mnist
+from PIL import Image
 from scipy.io import savemat
 
 from benchmarks import evaluate, experiment
-from benchmarks.datasets import DATASETS, PROTOCOLS, Limits, find_table, halves
+from benchmarks.datasets import DATASETS, PROTOCOLS, Limits
 from benchmarks.evaluate import image_metrics, pixel_metrics, rare, spliced
 from benchmarks.experiment import EXPERIMENTS, run, with_experiment
 from benchmarks.interfaces import Budget, Detector, Scored, Split
 from benchmarks.methods import METHODS, TableDetector, build
+from benchmarks.plan import Plan, plan_of
+from benchmarks.table_data import find_table, halves
 
 
 def split_of(name, part, protocol=PROTOCOLS[0], seed=0, limits=None, **arguments):
@@ -113,8 +117,62 @@ def test_a_file_with_words_is_refused(tmp_path):
     pd.DataFrame({"a": ["x", "y"], "label": [0, 1]}).to_csv(tmp_path / "w.csv", index=False)
     with pytest.raises(ValueError, match="must be numbers, got 'a'"):
         split_of("file", "w", path=str(tmp_path / "w.csv"))
+    frame = pd.DataFrame({"a": [1.0, np.nan], "label": [0, 1]})
+    frame.to_csv(tmp_path / "index.csv")
+    with pytest.raises(ValueError, match="a row number is no feature"):
+        split_of("file", "index", path=str(tmp_path / "index.csv"))
+    with pytest.raises(ValueError, match="got nan in column 'a', row 1"):
+        split_of("file", "index", path=str(tmp_path / "index.csv"), drop=["Unnamed: 0"])
     with pytest.raises(ValueError, match="needs a path"):
         DATASETS["file"].parts({})
+
+
+def _folder(tmp_path, mvtec_root, suffix=".png"):
+    """The part with images of another kind, and its masks."""
+    for path in (mvtec_root / "part").rglob("*.png"):
+        to = tmp_path / "part" / path.relative_to(mvtec_root / "part")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.save(to if "ground_truth" in path.parts else to.with_suffix(suffix))
+    return tmp_path / "part"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".BMP"])
+def test_a_folder_without_masks_and_with_other_files(tmp_path, mvtec_root, suffix):
+    folder = _folder(tmp_path, mvtec_root, suffix)
+    assert split_of("mvtec", "part", root=folder, image_size=32).masks is not None
+    (folder / "ground_truth/spot/000_mask.png").unlink()
+    with pytest.raises(FileNotFoundError, match=f"each must have a mask in ground_truth, got none for .*000{suffix}"):
+        split_of("mvtec", "part", root=folder, image_size=32)
+    shutil.rmtree(folder / "ground_truth")
+    split = split_of("mvtec", "part", root=folder, image_size=32)
+    assert split.masks is None
+    assert split.anomalous.sum() == 4
+    with pytest.raises(ValueError, match="a part of mvtec must be one of 'part', got 'screw'"):
+        split_of("mvtec", "screw", root=folder)
+
+
+def test_images_of_16_bits_are_scaled_and_masks_stay_whole(tmp_path, mvtec_root):
+    folder = _folder(tmp_path, mvtec_root)
+    as_it_was = split_of("mvtec", "part", root=folder, image_size=32)
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L"))
+        if "ground_truth" in path.parts:
+            Image.fromarray((grey > 0).astype(np.uint8)).save(path)  # 0 and 1 instead of 0 and 255
+        else:
+            Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    split = split_of("mvtec", "part", root=folder, image_size=32)
+    np.testing.assert_array_equal(split.masks, as_it_was.masks)
+    assert (split.test.int() - as_it_was.test.int()).abs().max() <= 1
+
+
+def test_rows_that_are_held_out_are_drawn(tmp_path):
+    """Files are often sorted by label."""
+    savemat(tmp_path / "t.mat", {"X": np.arange(100.0)[:, None], "y": np.arange(100) < 20})
+    split = split_of("odds", "t", "unsupervised", limits=Limits(validation_rows=0.2), root=tmp_path)
+    assert 0 < (split.validation < 20).sum() < 15
+    assert sorted(torch.cat([split.validation, split.train]).ravel().tolist()) == list(range(100))
 
 
 def test_missing_tables_are_named(tmp_path):
@@ -267,6 +325,37 @@ def test_table_methods(odds, name):
         np.testing.assert_allclose(found.scores, found.terms["reconstruction"] + 0.1 * found.terms["latent"])
 
 
+@pytest.mark.parametrize("name", ["AutoEncoder", "VAE", "LUNAR", "DIF", "DeepSVDD", "ALAD"])
+def test_seeds_reach_detectors_that_train_networks(odds, name):
+    split = split_of("odds", "t", root=odds)
+    few = {"epoch_num": 1, "batch_size": 8}
+    short = {"AutoEncoder": few, "VAE": few, "LUNAR": {"n_epochs": 1}, "ALAD": {"epochs": 1}}
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    found = []
+    for seed in (0, 0, 1):
+        detector = build("table", name, Budget(), seed, short.get(name, {}))
+        detector.fit(split)
+        found.append(detector.score(split.test).scores)
+    np.testing.assert_array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "arguments"),
+    [
+        ("table", "IForest", {"random_state": 5}),
+        ("images", "PaDiM", {"pre_trained": False}),
+        ("images", "Toll", {"seed": 1}),
+    ],
+)
+def test_what_the_experiment_sets_is_no_argument(kind, name, arguments):
+    argument = next(iter(arguments))
+    with pytest.raises(ValueError, match=f"{argument} of {name} is set by the experiment, .*, got"):
+        build(kind, name, Budget(), 0, arguments)
+
+
 def test_classic_detectors_see_the_pixels_of_images():
     images = torch.randint(0, 256, (30, 1, 4, 4), dtype=torch.uint8)
     detector = TableDetector("KNN", Budget(), 0)
@@ -337,6 +426,20 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path, odds, capsys):
     assert "1 of 2 runs are in" in capsys.readouterr().out
 
 
+def test_what_cannot_be_written_fails_as_one_run(tmp_path, odds, monkeypatch):
+    real = evaluate.image_metrics
+    monkeypatch.setattr(evaluate, "image_metrics", lambda *given: real(*given) | {"f1": float("nan")})
+    with pytest.raises(SystemExit, match="2 of 2 runs failed, the first with ValueError: Out of range float"):
+        small(tmp_path, odds)
+    assert len(json.loads((tmp_path / "out.json").read_text())["runs"]) == 2
+
+
+def test_parts_must_be_a_list(tmp_path, odds):
+    for parts in (8, "t"):
+        with pytest.raises(ValueError, match=f"parts of odds must be a list, got {parts!r}"):
+            small(tmp_path, odds, datasets=[{"odds": {"root": str(odds), "parts": parts}}])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -349,6 +452,7 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path, odds, capsys):
         ({"rates": [1.5]}, "an entry of rates must be below 1, got 1.5"),
         ({"validation_rows": 1.0}, "validation_rows must be below 1"),
         ({"jobs": 0}, "jobs must not be 0"),
+        ({"methods": ["KNN", "KNN"]}, "must differ in what tables show of them, got 'KNN' twice on odds t"),
         ({"methods": ["Toll"]}, "none of methods, .*'Toll'.*, takes the data of .*'odds'"),
     ],
 )
@@ -375,9 +479,9 @@ def test_every_experiment_is_understood(path, monkeypatch):
         taken["plan"] = plan = real(*given)
         return plan
 
-    real = experiment._plan
-    monkeypatch.setattr(experiment, "_plan", only_plan)
-    monkeypatch.setattr(experiment.Plan, "calls", lambda _: iter(()))
+    real = plan_of
+    monkeypatch.setattr(experiment, "plan_of", only_plan)
+    monkeypatch.setattr(Plan, "calls", lambda _: iter(()))
     with pytest.raises(ValueError, match="none of methods"):
         auto_cli({"run": run}, args=words)
     plan = taken["plan"]
@@ -399,7 +503,7 @@ def test_names_of_experiments(tmp_path):
     assert with_experiment(["report", "quick"]) == ["report", "quick"]
     mine = tmp_path / "mine.yaml"
     mine.write_text("seeds: 1\n")
-    assert with_experiment(["run", str(mine), "--jobs=2"]) == ["run", f"--config={mine}", "--name=mine", "--jobs=2"]
+    assert with_experiment(["run", str(mine), "--jobs=2"]) == ["run", "--name=mine", f"--config={mine}", "--jobs=2"]
     with pytest.raises(FileNotFoundError, match=r"there is no experiment 'slow': name a YAML file or one of .*quick"):
         with_experiment(["run", "slow"])
 
@@ -426,7 +530,7 @@ def test_other_weights_are_another_run(tmp_path):
     def configuration(content):
         path = tmp_path / "weights.pth"
         path.write_bytes(content)
-        plan = experiment._plan(["digits"], ["KNN"], [], 1, Limits(), Budget(weights=path), [], 0)
+        plan = plan_of(["digits"], ["KNN"], [], 1, Limits(), Budget(weights=path), [], 0)
         return next(plan.calls())[1]
 
     first, other = configuration(b"a"), configuration(b"b")

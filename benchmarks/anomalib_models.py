@@ -1,0 +1,121 @@
+"""How each of anomalib's models is trained where nobody says otherwise, Toll among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Patches that PatchCore keeps at most: anomalib's search takes as many passes over all patches.
+PATCHES = 2000
+
+
+class Task(NamedTuple):
+    """What a model is built for: the size it sees, the training images, their channels, a backbone and a seed."""
+
+    size: tuple[int, int]
+    images: int
+    channels: int
+    backbone: str
+    seed: int
+
+
+class Model(NamedTuple):
+    """How a model is trained where nobody says otherwise.
+
+    Attributes:
+        kind: Its class in ``anomalib.models``.
+        arguments: Of its constructor, beyond its defaults.
+        predict: What it says of a batch, before any mapping of scores.
+        backbone: Whether it needs a pretrained network of the experiment's choice.
+        size: What it sees of images ``(height, width)``.
+        epochs: At least.
+        steps: Of its optimiser, at least; models that take one pass over the data have none.
+        batch_size: Of training and scoring.
+    """
+
+    kind: str
+    arguments: Callable[[Task], dict[str, Any]]
+    predict: Callable[[Any, Tensor], dict[str, Tensor | None]]
+    backbone: bool = True
+    size: Callable[[int, int], tuple[int, int]] = lambda height, width: _square(max(height, width))
+    epochs: int = 1
+    steps: int = 0
+    batch_size: int = 32
+
+
+def _square(side: int) -> tuple[int, int]:
+    """A multiple of 32, which backbones' strides need, from 64 to 256, anomalib's default."""
+    side = 32 * max(2, min(round(side / 32), 8))
+    return side, side
+
+
+def _backbone(task: Task) -> dict[str, Any]:
+    return {"backbone": task.backbone}
+
+
+def _patchcore(task: Task) -> dict[str, Any]:
+    """anomalib's tenth of the patches, or fewer if that is more than two cores can search for."""
+    patches = task.images * task.size[0] * task.size[1] // 64
+    return {**_backbone(task), "coreset_sampling_ratio": min(0.1, PATCHES / patches)}
+
+
+def _fre(task: Task) -> dict[str, Any]:
+    """The third layer's features, averaged over 2x2: their number is an argument."""
+    import timm
+
+    layers = timm.create_model(task.backbone, features_only=True).feature_info.get_dicts()
+    layer = next(layer for layer in layers if layer["module"] == "layer3")
+    stride = 2 * layer["reduction"]
+    return {
+        **_backbone(task),
+        "layer": "layer3",
+        "input_dim": layer["num_chs"] * (task.size[0] // stride) * (task.size[1] // stride),
+    }
+
+
+def _toll(task: Task) -> dict[str, Any]:
+    return {"image_size": task.size, "in_channels": task.channels, "seed": task.seed}
+
+
+def _predict(model: Any, images: Tensor) -> dict[str, Tensor | None]:
+    found = model.model(images)
+    return {"scores": found.pred_score, "maps": found.anomaly_map}
+
+
+def _predict_toll(model: Any, images: Tensor) -> dict[str, Tensor | None]:
+    shown, reconstruction, terms = model.model.reconstruct(images)
+    found = model.model.predict(shown, reconstruction, terms)
+    return {"scores": found.pred_score, "maps": found.anomaly_map, **terms._asdict()}
+
+
+def _predict_dfkde(model: Any, images: Tensor) -> dict[str, Tensor | None]:
+    """Minus the logarithm of its density, which itself underflows: all images far away would tie."""
+    kde = model.model.classifier
+    features = kde.pca_model.transform(model.model.get_features(images))
+    features, _ = kde.pre_process(features, kde.max_length)
+    apart = torch.cdist((features @ kde.kde_model.bw_transform).double(), kde.kde_model.dataset.double())
+    return {"scores": -torch.logsumexp(-apart.square() / 2, dim=1)}
+
+
+#: By the names of the field. All backbones are used up to their third layer, also by DFKDE, whose
+#: default is the fourth. Steps are what one core does in about two minutes on a few hundred images of
+#: 128x128 pixels, far fewer than the papers'; ``max_epochs`` of a budget grants more.
+MODELS: dict[str, Model] = {
+    # Its own early stopping ends it; one-channel images stay so, and none is resized.
+    "Toll": Model("Toll", _toll, _predict_toll, False, lambda height, width: (height, width), epochs=200),
+    "PatchCore": Model("Patchcore", _patchcore, _predict),
+    "PaDiM": Model("Padim", _backbone, _predict),
+    "DFM": Model("Dfm", lambda task: {**_backbone(task), "layer": "layer3"}, _predict),
+    "DFKDE": Model("Dfkde", lambda task: {**_backbone(task), "layers": ["layer3"]}, _predict_dfkde),
+    "FRE": Model("Fre", _fre, _predict, steps=200),
+    "STFPM": Model("Stfpm", _backbone, _predict, steps=100),
+    "ReverseDistillation": Model("ReverseDistillation", _backbone, _predict, steps=100, batch_size=16),
+    "CFA": Model("Cfa", _backbone, _predict, steps=100, batch_size=8),
+    "FastFlow": Model("Fastflow", _backbone, _predict, steps=50),
+    "GANomaly": Model("Ganomaly", lambda _: {"n_features": 32}, _predict, False, lambda *_: (32, 32), steps=300),
+    # Downloads its teacher, and ImageNette unless `imagenet_dir` has it. A step, of one image, takes seconds.
+    "EfficientAd": Model("EfficientAd", lambda _: {}, _predict, False, lambda *_: (256, 256), steps=500, batch_size=1),
+}
