@@ -99,9 +99,9 @@ def run(
         parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before hours of work
     with cluster(scheduler):
         records = run_missing(Runs(runs), _run, calls, jobs, name)
-    others = sum(r["provenance"]["commit"] != begun["commit"] for r in records)
+    others = sum(any(r["provenance"][name] != begun[name] for name in ("commit", "packages")) for r in records)
     if others:
-        print(f"{others} runs were made by other commits, which the report names")
+        print(f"{others} runs were made by another commit or other versions, which the report names")
     record = {"command": "run", "experiment": {"name": name, "about": about}, **begun}
     finish(output, {**record, "table": markdown_table(records), "runs": lean(records, begun)})
     report([output], page)
