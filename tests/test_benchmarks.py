@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks import speed
+from benchmarks.collected import collected, read
 from benchmarks.readme import fill
-from benchmarks.records import finish, mean_and_error
+from benchmarks.records import RESULTS, finish, mean_and_error
+from benchmarks.report import markdown_table
 
 
 def test_paired_differences_by_hand():
@@ -61,3 +63,11 @@ def test_a_record_reads_as_it_was_written(tmp_path):
     text = (tmp_path / "record.json").read_text()
     assert json.loads(text) == record
     assert '\n  {"auroc": 1.0}\n' in text
+
+
+def test_the_committed_report_is_that_of_the_records():
+    text = (RESULTS / "report.md").read_text(encoding="utf-8")
+    for path in collected():
+        experiment = read(path)
+        assert f"## {experiment.name}\n\n{experiment.about}\n" in text
+        assert markdown_table(experiment.runs) in text
