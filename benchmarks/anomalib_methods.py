@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.anomalib_models import MODELS, Task
 from benchmarks.backbones import local_backbone
 from benchmarks.interfaces import Budget, Detector, Scored, Split
-from benchmarks.quiet import apart
+from benchmarks.quiet import apart, quiet_engine
 
 
 class EngineDetector(Detector):
@@ -68,7 +68,6 @@ class EngineDetector(Detector):
     def fit(self, split: Split) -> None:
         """Build and train."""
         from anomalib.callbacks import ModelCheckpoint
-        from anomalib.engine import Engine
         from lightning.pytorch import seed_everything
 
         batches = math.ceil(len(split.train) / self._spec.batch_size)
@@ -76,17 +75,13 @@ class EngineDetector(Detector):
         with TemporaryDirectory() as folder, apart():
             seed_everything(self._seed, verbose=False)
             self._model = self._build(split.train)
-            engine = Engine(
-                default_root_dir=folder,
+            engine = quiet_engine(
+                folder,
+                epochs,
                 # Toll keeps its best weights in memory; a file per epoch would be deleted with the folder.
                 callbacks=[ModelCheckpoint(save_top_k=0)],
-                max_epochs=epochs,
                 # Only Toll stops by it; EfficientAd needs it once, for quantiles.
                 check_val_every_n_epoch=1 if self._name == "Toll" else epochs,
-                accelerator="cpu",
-                devices=1,
-                enable_progress_bar=False,
-                enable_model_summary=False,
             )
             engine.fit(self._model, datamodule=_data_module(split, self._spec.batch_size))
         self._epochs = engine.trainer.current_epoch

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.image_folders import categories, files_of, inspected
+from benchmarks.image_folders import categories, files_of, folder_of, inspected
 from benchmarks.interfaces import Split
 from benchmarks.table_data import (
     COLLECTIONS,
@@ -151,12 +151,8 @@ def _set(name: ImageSetName, kind: str, folder: str, about: str) -> DataSet:
     )
 
 
-def _tables_root(collection: str, arguments: Arguments) -> Path:
-    return Path(arguments["root"]).expanduser() if "root" in arguments else data_root() / collection
-
-
 def _tables(collection: str, arguments: Arguments) -> list[str]:
-    root = _tables_root(collection, arguments)
+    root = folder_of(arguments, collection)
     found = sorted(path.stem for kind in ("mat", "npz") for path in root.glob(f"*.{kind}"))
     if not found:
         remedy = f"download them from {COLLECTIONS[collection]}, or name their folder by root"
@@ -166,7 +162,7 @@ def _tables(collection: str, arguments: Arguments) -> list[str]:
 
 
 def _table_path(collection: str, arguments: Arguments, part: str) -> Path:
-    return find_table(part, [_tables_root(collection, arguments)])
+    return find_table(part, [folder_of(arguments, collection)])
 
 
 def _collection(collection: str, about: str) -> DataSet:

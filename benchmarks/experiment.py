@@ -13,7 +13,7 @@ from benchmarks.interfaces import Budget
 from benchmarks.plan import Choice, Named, Plan, all_different, plan_of
 from benchmarks.records import cluster, finish, provenance
 from benchmarks.report import markdown_table, report
-from benchmarks.runs import Runs, run_missing
+from benchmarks.runs import Runs, check_jobs, run_missing
 from toll_plugin.image_sets import data_root
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -75,9 +75,7 @@ def run(
         page: Where the report goes; runs/NAME/report.html by default.
     """
     begun = provenance()
-    if jobs == 0:
-        msg = "jobs must not be 0; -1 is one for each core"
-        raise ValueError(msg)
+    check_jobs(jobs)
     plan = plan_of(
         datasets,
         methods,

@@ -15,7 +15,7 @@ from toll_plugin.image_sets import data_root
 
 
 def categories(arguments: Mapping[str, Any]) -> list[str]:
-    root = _folder(arguments)
+    root = folder_of(arguments, "MVTecAD")
     one = (root / "train/good").is_dir()
     found = [root.resolve().name] if one else sorted(path.parents[1].name for path in root.glob("*/train/good"))
     if not found:
@@ -24,12 +24,13 @@ def categories(arguments: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _folder(arguments: Mapping[str, Any]) -> Path:
-    return Path(arguments["root"]).expanduser() if "root" in arguments else data_root() / "MVTecAD"
+def folder_of(arguments: Mapping[str, Any], name: str) -> Path:
+    """The ``root`` that an experiment names, else ``name`` where data are looked for."""
+    return Path(arguments["root"]).expanduser() if "root" in arguments else data_root() / name
 
 
 def _category(arguments: Mapping[str, Any], part: str) -> Path:
-    root = _folder(arguments)
+    root = folder_of(arguments, "MVTecAD")
     check_option("a part of mvtec", part, categories(arguments))
     return root if (root / "train/good").is_dir() else root / part
 

@@ -17,7 +17,7 @@ import yaml
 from benchmarks import protocol
 from benchmarks.published import PUBLISHED
 from benchmarks.records import cluster, finish, provenance
-from benchmarks.runs import Progress, Runs, run_missing
+from benchmarks.runs import Progress, Runs, check_jobs, run_missing
 from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.image_sets import ImageSetName, data_root, download_image_set, read_image_set
 
@@ -94,9 +94,7 @@ def paper(
     """
     check_integer("seeds", seeds, minimum=1)
     check_integer("validation_size", validation_size, minimum=2)
-    if jobs == 0:
-        msg = "jobs must not be 0; -1 is one for each core"
-        raise ValueError(msg)
+    check_jobs(jobs)
     if scheduler is None:
         protocol.pick_device(device)
     settings = replace(

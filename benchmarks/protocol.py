@@ -19,6 +19,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from benchmarks.table_data import read_table
 from toll_plugin.core import (
     DenseAutoencoder,
     ImageScaling,
@@ -416,8 +417,6 @@ class _Clock:
 
 def arrhythmia_rows(root: Path, splits: Path | None) -> Arrays:
     """The authors' parts: 232 training rows, 77 normal and 13 anomalous rows each to validate and to test."""
-    from scipy.io import loadmat
-
     path = next((p for p in (root / "arrhythmia.mat", root / "ODDS" / "arrhythmia.mat") if p.is_file()), None)
     if path is None:
         msg = (
@@ -425,8 +424,7 @@ def arrhythmia_rows(root: Path, splits: Path | None) -> Arrays:
             "https://odds.cs.stonybrook.edu/arrhythmia-dataset/, or set root or TOLL_DATA_ROOT to its folder"
         )
         raise FileNotFoundError(msg)
-    table = loadmat(path)
-    x, y = table["X"].astype(np.float64), table["y"].ravel()
+    x, y = read_table(path)
     parts: Arrays = {}
     for kind, rows in (("normal", x[y == 0]), ("anomalous", x[y == 1])):
         authors = splits and splits / f"randomized_{kind}_indices_arrhythmia.npy"

@@ -13,8 +13,8 @@ from typing import Any
 from unittest import mock
 
 
-def quiet_engine(folder: str, max_epochs: int) -> Any:
-    """anomalib's Engine on one CPU device, writing below ``folder``."""
+def quiet_engine(folder: str, max_epochs: int, **arguments: Any) -> Any:
+    """anomalib's Engine on one CPU device, writing below ``folder``; other ``arguments`` are its trainer's."""
     from anomalib.engine import Engine
 
     return Engine(
@@ -24,6 +24,7 @@ def quiet_engine(folder: str, max_epochs: int) -> Any:
         devices=1,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **arguments,
     )
 
 

@@ -96,6 +96,17 @@ class Progress:
             return 0.0
 
 
+def check_jobs(jobs: int) -> None:
+    """Refuse what joblib gives no meaning.
+
+    Raises:
+        ValueError: If ``jobs`` is 0.
+    """
+    if jobs == 0:
+        msg = "jobs must not be 0; -1 is one for each core"
+        raise ValueError(msg)
+
+
 def run_missing(
     runs: Runs,
     function: Callable[..., tuple[dict[str, Any], Any]],
