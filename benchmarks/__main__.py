@@ -7,6 +7,7 @@ import sys
 
 from jsonargparse import auto_cli
 
+from benchmarks.deployment import deployment
 from benchmarks.experiment import list_, run, with_experiment
 from benchmarks.imports import imports
 from benchmarks.linear import linear
@@ -25,6 +26,7 @@ def main() -> None:
         "run": run,
         "list": list_,
         "report": report,
+        "deployment": deployment,
         "imports": imports,
         "linear": linear,
         "mixin": mixin,

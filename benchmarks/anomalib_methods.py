@@ -94,7 +94,8 @@ class EngineDetector(Detector):
         arguments = dict(self._arguments)
         size = arguments.pop("image_size", None)
         self._size = self._spec.size(height, width) if size is None else check_image_size("image_size", size)
-        task = Task(self._size, count, channels, self._backbone or "", self._seed)
+        weights = self._budget.weights if self._local else None
+        task = Task(self._size, count, channels, self._backbone or "", weights, self._budget.pretrained, self._seed)
         with self._weights():
             arguments = {**self._spec.arguments(task), **arguments}
             if "image_size" not in arguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,24 @@ PATCHES = 2000
 
 
 class Task(NamedTuple):
-    """What a model is built for: the size it sees, the training images, their channels, a backbone and a seed."""
+    """What a model is built for.
+
+    Attributes:
+        size: It sees, ``(height, width)``.
+        images: To train on.
+        channels: Of theirs.
+        backbone: Its name, empty for models without.
+        weights: File of the backbone's weights, ``None`` for timm's or random ones.
+        pretrained: Whether the backbone has any.
+        seed: Of the run.
+    """
 
     size: tuple[int, int]
     images: int
     channels: int
     backbone: str
+    weights: Path | None
+    pretrained: bool
     seed: int
 
 
@@ -80,6 +93,17 @@ def _toll(task: Task) -> dict[str, Any]:
     return {"image_size": task.size, "in_channels": task.channels, "seed": task.seed}
 
 
+def _patch_toll(task: Task) -> dict[str, Any]:
+    weights = None if task.weights is None else str(task.weights)
+    return {
+        **_backbone(task),
+        "weights_path": weights,
+        "pre_trained": task.pretrained,
+        "image_size": task.size,
+        "seed": task.seed,
+    }
+
+
 def _predict(model: Any, images: Tensor) -> dict[str, Tensor | None]:
     found = model.model(images)
     return {"scores": found.pred_score, "maps": found.anomaly_map}
@@ -89,6 +113,15 @@ def _predict_toll(model: Any, images: Tensor) -> dict[str, Tensor | None]:
     shown, reconstruction, terms = model.model.reconstruct(images)
     found = model.model.predict(shown, reconstruction, terms)
     return {"scores": found.pred_score, "maps": found.anomaly_map, **terms._asdict()}
+
+
+def _predict_patch_toll(model: Any, images: Tensor) -> dict[str, Tensor | None]:
+    """Of each term the largest value of a position, as the score is that of both."""
+    patches = model.model.patches
+    terms = patches.terms(model.model.embed(images))
+    found = model.model.predict(patches.score_of(terms), images.shape[-2:])
+    largest = {name: term.flatten(1).amax(dim=1) for name, term in terms._asdict().items()}
+    return {"scores": found.pred_score, "maps": found.anomaly_map, **largest}
 
 
 def _predict_dfkde(model: Any, images: Tensor) -> dict[str, Tensor | None]:
@@ -106,6 +139,8 @@ def _predict_dfkde(model: Any, images: Tensor) -> dict[str, Tensor | None]:
 MODELS: dict[str, Model] = {
     # Its own early stopping ends it; one-channel images stay so, and none is resized.
     "Toll": Model("Toll", _toll, _predict_toll, False, lambda height, width: (height, width), epochs=200),
+    # One pass over the images; its steps are its own.
+    "PatchToll": Model("PatchToll", _patch_toll, _predict_patch_toll, batch_size=16),
     "PatchCore": Model("Patchcore", _patchcore, _predict),
     "PaDiM": Model("Padim", _backbone, _predict),
     "DFM": Model("Dfm", lambda task: {**_backbone(task), "layer": "layer3"}, _predict),

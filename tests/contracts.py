@@ -60,6 +60,9 @@ class AnomalibModelContract:
     #: Validation of normal images only (label-free), and the test as anomalib has it.
     data_arguments: dict[str, Any] = {"val_split_mode": "from_train", "val_split_ratio": 0.25, "seed": 0}  # noqa: RUF012
 
+    #: What keeps the benchmark, which has no trainer section, short.
+    brief: dict[str, Any] = {"max_epochs": 1}  # noqa: RUF012
+
     def build(self, **changes: Any) -> Any:
         return get_model(self.name, **(self.arguments | changes))
 
@@ -237,7 +240,7 @@ class AnomalibModelContract:
             "accelerator": "cpu",
             "benchmark": {
                 "seed": 0,
-                "model": {"class_path": self.name, "init_args": self.arguments | {"max_epochs": 1}},
+                "model": {"class_path": self.name, "init_args": self.arguments | self.brief},
                 "data": {
                     "class_path": "MVTecAD",
                     "init_args": {"root": str(mvtec_root), "category": "part", "num_workers": 0},

@@ -20,6 +20,10 @@ SMALL = {
     "collapsed_ganomaly.yaml": ["--trainer.max_epochs", "1"],
     "fashion_mnist.yaml": _PAPER,
     "mnist.yaml": _PAPER,
+    "patch_toll.yaml": [
+        *("--data.root", "{mvtec}/part", "--model.image_size", "64"),
+        *("--model.pre_trained", "false", "--model.max_steps", "5"),
+    ],
     "digits.yaml": ["--trainer.max_epochs", "1"],
     "folder.yaml": ["--trainer.max_epochs", "1", "--model.image_size", "16", "--data.root", "{mvtec}/part"],
 }

@@ -27,7 +27,9 @@ from toll_plugin.anomalib.datamodules import (
 )
 from toll_plugin.anomalib.lightning_model import Toll
 from toll_plugin.anomalib.mixin import TargetedCollapseMixin
-from toll_plugin.anomalib.post_processor import TollPostProcessor
+from toll_plugin.anomalib.patch_model import PatchTollModel
+from toll_plugin.anomalib.patch_toll import PatchToll
+from toll_plugin.anomalib.post_processor import QuantilePostProcessor, TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.anomalib.torch_model import TollModel
 
@@ -49,6 +51,9 @@ __all__ = [
     "ImageSetOneVsRest",
     "MNISTOneVsRest",
     "OneVsRest",
+    "PatchToll",
+    "PatchTollModel",
+    "QuantilePostProcessor",
     "RestoreBestWeights",
     "TargetedCollapseMixin",
     "Toll",
@@ -59,7 +64,7 @@ __all__ = [
 
 # anomalib's CLI finds subclasses, but its get_model and benchmark look for attributes. Not
 # `import anomalib.models`: this also runs while that import is still under way.
-_MODELS = (Toll, *(getattr(collapsed, name) for name in collapsed.__all__))
+_MODELS = (Toll, PatchToll, *(getattr(collapsed, name) for name in collapsed.__all__))
 _DATA = (DigitsOneVsRest, MNISTOneVsRest, FashionMNISTOneVsRest, CIFAR10OneVsRest, CIFAR100OneVsRest)
 for _package, _classes in (("anomalib.models", _MODELS), ("anomalib.data", _DATA)):
     for _class in _classes:

@@ -11,14 +11,15 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from torch import nn
 
-from toll_plugin.anomalib.post_processor import TollPostProcessor
+from toll_plugin.anomalib.post_processor import QuantilePostProcessor, TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 
 __all__ = ["check_archive", "restore_components", "store_components"]
 
 _COMPONENTS = "toll_components"
 _KNOWN: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (PreProcessor, PostProcessor, TollPreProcessor, TollPostProcessor)
+    kind.__name__: kind
+    for kind in (PreProcessor, PostProcessor, TollPreProcessor, TollPostProcessor, QuantilePostProcessor)
 }
 
 

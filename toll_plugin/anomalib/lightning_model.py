@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from itertools import islice
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from anomalib import LearningType
-from anomalib.data import Batch, InferenceBatch
-from anomalib.metrics import AUROC, F1Score
+from anomalib.data import Batch
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.models.components.base import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -25,10 +20,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from toll_plugin.anomalib.callbacks import TRAINING_STATE, RestoreBestWeights
-from toll_plugin.anomalib.checkpoints import check_archive, restore_components, store_components
 from toll_plugin.anomalib.post_processor import TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.anomalib.torch_model import NetworkName, TollModel, build_network
+from toll_plugin.anomalib.verbs import Verbs, is_normal, size_of, validation_batches
 from toll_plugin.core.checks import check_finite_float, check_image_size, check_integer, check_option
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
 from toll_plugin.core.divergence import DivergenceGuard
@@ -43,7 +38,7 @@ _OWN_NETWORK = "toll_own_network"
 _TRAIN_LOGS = ("train_loss", "train_reconstruction", "train_latent")
 
 
-class Toll(AnomalibModule):
+class Toll(Verbs, AnomalibModule):
     r"""Targeted collapse regularised autoencoder for images.
 
     Trains :math:`\frac1N\sum_i \|x_i - \hat x_i\| + \beta\|z_i\|` on normal images and scores
@@ -144,7 +139,7 @@ class Toll(AnomalibModule):
         elif pre_processor is not True and (scaling, scaling_range) != ("unit", None):
             msg = f"scaling reaches the default pre_processor only, got scaling={scaling!r} and another pre_processor"
             raise ValueError(msg)
-        image_size = check_image_size("image_size", _size_of(pre_processor) if image_size is None else image_size)
+        image_size = check_image_size("image_size", size_of(pre_processor) if image_size is None else image_size)
         if pre_processor is True:
             pre_processor = TollPreProcessor(image_size, scaling, scaling_range)
             scaling_range = pre_processor.scaling_range
@@ -173,11 +168,6 @@ class Toll(AnomalibModule):
         self._train_sums, self._train_count = torch.zeros(3, dtype=torch.float64), 0
 
     @property
-    def learning_type(self) -> LearningType:
-        """Normal images only."""
-        return LearningType.ONE_CLASS
-
-    @property
     def trainer_arguments(self) -> dict[str, Any]:
         """No sanity check, which would set a threshold from untrained scores; ``max_epochs`` if given."""
         return {"num_sanity_val_steps": 0} | ({} if self.max_epochs is None else {"max_epochs": self.max_epochs})
@@ -190,19 +180,6 @@ class Toll(AnomalibModule):
     def configure_post_processor(self) -> TollPostProcessor:
         """The default post-processor."""
         return TollPostProcessor()
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """The default metrics of anomalib, without the sigmoid that ties scores outside [0, 1]."""
-        return Evaluator(
-            test_metrics=[
-                AUROC(fields=["pred_score", "gt_label"], prefix="image_", normalization=None),
-                # There is no label to compare where the post-processor is switched off.
-                F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
-                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False, normalization=None),
-                F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
-            ]
-        )
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Those of anomalib, model selection, and early stopping where the trainer has none."""
@@ -219,37 +196,6 @@ class Toll(AnomalibModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, as the authors."""
         return torch.optim.Adam(self.model.parameters(), lr=self.lr)
-
-    def to_onnx(
-        self,
-        export_root: str | Path,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Path:
-        """Export as anomalib does, at the exporter's own opset.
-
-        anomalib asks for opset 14, to which torch's exporter has to convert down; that fails,
-        prints a traceback, and leaves opset 18 anyway. Without a pre-processor nothing resizes,
-        and the export takes images of the network's size.
-        """
-        kwargs.setdefault("opset_version", 18)
-        if input_size is None and self.pre_processor is None:
-            input_size = self._image_size
-        path: Path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
-        return path
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Toll:
-        """Load as anomalib does.
-
-        Raises:
-            ValueError: If the file is damaged, or what the checkpoint does not store (an encoder
-                and a decoder, a pre- or post-processor of a class of your own) is not passed.
-        """
-        check_archive(checkpoint_path)
-        model: Toll = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        return model
 
     def on_fit_start(self) -> None:
         """Start watching for divergence; measure the scaling's range if it was left open."""
@@ -303,22 +249,12 @@ class Toll(AnomalibModule):
         """Predictions of a batch, and the loss of its normal images."""
         del batch_idx
         x, reconstruction, terms = self.model.reconstruct(batch.image, batch.image_path)
-        normal = _is_normal(batch)
+        normal = is_normal(batch)
         if normal.any():
             self.val_loss.update(self.model.loss.score(terms)[normal])
             self.val_reconstruction.update(terms.reconstruction[normal])
             self.val_latent.update(terms.latent[normal])
         return batch.update(**self.model.predict(x, reconstruction, terms)._asdict())
-
-    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
-        """Predictions of a batch."""
-        del args, kwargs
-        predictions: InferenceBatch = self.model(batch.image, batch.image_path)
-        return batch.update(**predictions._asdict())
-
-    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
-        """Predictions of a batch."""
-        return self.test_step(batch, *args, **kwargs)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss`` and its terms, where there was a normal image."""
@@ -349,16 +285,10 @@ class Toll(AnomalibModule):
 
     def _diagnose(self) -> list[Finding]:
         monitor = CollapseMonitor()
-        loaders = self.trainer.val_dataloaders or []
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         with evaluating(self.model), torch.no_grad():
-            for loader, limit in zip(loaders, self.trainer.num_val_batches, strict=False):
-                for index, loaded in enumerate(islice(loader, None if limit == math.inf else int(limit))):
-                    batch = self.trainer.strategy.batch_to_device(loaded, self.device)
-                    if isinstance(self.pre_processor, PreProcessor):
-                        self.pre_processor.on_validation_batch_start(self.trainer, self, batch, index)
-                    x, _, terms = self.model.reconstruct(batch.image)
-                    monitor.update(x, terms, ~_is_normal(batch), exponent=self.model.loss.exponent)
+            for batch in validation_batches(self):
+                x, _, terms = self.model.reconstruct(batch.image)
+                monitor.update(x, terms, ~is_normal(batch), exponent=self.model.loss.exponent)
         # Where the score has no latent term it need not separate anything.
         scored = self.model.loss.beta > 0 and self.model.score_term != "reconstruction"
         return [f for f in monitor.findings() if scored or f.signature != "latent_does_not_separate"]
@@ -368,7 +298,6 @@ class Toll(AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         if self._best_weights is not None and self._trainer is not None:
             self._best_weights.on_save_checkpoint(self.trainer, self, checkpoint)
-        store_components(self, checkpoint)
         checkpoint[_OWN_NETWORK] = self._own_network
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -383,7 +312,6 @@ class Toll(AnomalibModule):
                 "pass encoder and decoder to Toll, or to load_from_checkpoint"
             )
             raise ValueError(msg)
-        restore_components(self, checkpoint)
         super().on_load_checkpoint(checkpoint)
         resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if resumes and self._best_weights is None and TRAINING_STATE in checkpoint:
@@ -392,18 +320,3 @@ class Toll(AnomalibModule):
 
 class _StopByValLoss(EarlyStopping):
     """The model's own early stopping, told apart from a user's."""
-
-
-def _size_of(pre_processor: nn.Module | bool) -> tuple[int, int]:
-    if isinstance(pre_processor, TollPreProcessor):
-        return pre_processor.image_size
-    transform = getattr(pre_processor, "transform", None)
-    size = (1, 1) if transform is None else tuple(transform(torch.zeros(1, 3, 1, 1)).shape[-2:])
-    return (256, 256) if size == (1, 1) else size
-
-
-def _is_normal(batch: Batch) -> Tensor:
-    if batch.gt_label is None:
-        return torch.ones(len(batch.image), dtype=torch.bool, device=batch.image.device)
-    normal: Tensor = batch.gt_label == 0
-    return normal

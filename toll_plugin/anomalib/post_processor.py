@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from torchmetrics import MaxMetric
 from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["TollPostProcessor"]
+from toll_plugin.core.checks import check_finite_float
+
+__all__ = ["QuantilePostProcessor", "TollPostProcessor"]
 
 
 class _ScoreThreshold(F1AdaptiveThreshold):
@@ -99,3 +102,64 @@ class TollPostProcessor(PostProcessor):
         distance = 2 * (preds - threshold) / torch.where(value_range > 0, value_range, torch.ones_like(value_range))
         normalised = 0.5 * (1 + distance / (1 + distance.abs()))
         return torch.where(norm_min.isnan() | norm_max.isnan(), preds, normalised)
+
+
+class QuantilePostProcessor(TollPostProcessor):
+    r"""Thresholds from held-out normal images alone, for a chosen rate of false alarms.
+
+    Of n held-out scores the threshold is the :math:`\lceil (n + 1) q \rceil`-th smallest, or the
+    largest if there are not that many: then the chance that a further normal image is flagged is at
+    most 1 - q (and at least 1 - q - 1/(n + 1)) where n is large enough for q, whatever the scores'
+    distribution. The validation split changes nothing.
+
+    Args:
+        quantile: q, the share of normal images that should not be flagged, in (0, 1]. With 1 the
+            threshold is the largest held-out score. Default 0.99, for which n has to be 99.
+        **kwargs: As for anomalib's post-processor.
+
+    Raises:
+        TypeError: If ``quantile`` is no number.
+        ValueError: If it is not in (0, 1].
+
+    Source:
+        The split conformal quantile, e.g. arXiv 2107.07511, section 1.
+
+    Example:
+        >>> import torch
+        >>> post_processor = QuantilePostProcessor(0.9)
+        >>> post_processor.calibrate(torch.arange(1.0, 20.0)[:, None, None, None])
+        >>> post_processor.image_threshold
+        tensor(18.)
+    """
+
+    def __init__(self, quantile: float = 0.99, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.quantile = check_finite_float("quantile", quantile, minimum=0, exclusive=True)
+        if self.quantile > 1:
+            msg = f"quantile must be in (0, 1], got {quantile!r}"
+            raise ValueError(msg)
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "quantile")
+
+    def calibrate(self, maps: Tensor) -> None:
+        """Set thresholds and ranges from the anomaly maps ``(N, 1, H, W)`` of N held-out normal images.
+
+        A score has to be its map's maximum, so map and score have one threshold and one range.
+        """
+        scores = maps.flatten(1).amax(dim=1).sort().values
+        rank = min(max(math.ceil((len(scores) + 1) * self.quantile - 1e-9), 1), len(scores))
+        for threshold, low, high in (
+            (self._image_threshold, self.image_min, self.image_max),
+            (self._pixel_threshold, self.pixel_min, self.pixel_max),
+        ):
+            threshold.copy_(scores[rank - 1])
+            low.copy_(maps.min())
+            high.copy_(scores[-1])
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is learnt from the validation split."""
+
+    def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is learnt from the validation split."""

@@ -5,6 +5,7 @@ from toll_plugin.core.divergence import DivergenceError
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, DenseAutoencoder
 from toll_plugin.core.objective import TollLoss, TollTerms, toll_score, toll_slopes, toll_terms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
+from toll_plugin.core.patches import PatchAutoencoder, fit_patches
 from toll_plugin.core.penalty import TargetedCollapse, latent_norm
 from toll_plugin.core.scaling import ImageScaling, contrast_normalise, contrast_range
 from toll_plugin.core.table import ResidualMetric, TableModel
@@ -25,6 +26,7 @@ __all__ = [
     "LayerPass",
     "Paper28Autoencoder",
     "Paper32Autoencoder",
+    "PatchAutoencoder",
     "ResidualMetric",
     "TableModel",
     "TableScaling",
@@ -36,6 +38,7 @@ __all__ = [
     "contrast_range",
     "fit",
     "fit_ensemble",
+    "fit_patches",
     "fit_table",
     "latent_norm",
     "terms_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -12,13 +13,22 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from typing_extensions import override
 
-from toll_plugin.core.checks import check_finite_float, check_option
+from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.dense import Array, DenseEnsemble
 from toll_plugin.core.modes import batch_norm_fits, evaluating
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import TollLoss, TollTerms
 
-__all__ = ["AutogradLearner", "DenseLearner", "Learner", "MakeOptimizer", "Optimizer", "Rows", "optimizer_of"]
+__all__ = [
+    "AutogradLearner",
+    "DenseLearner",
+    "Learner",
+    "MakeOptimizer",
+    "Optimizer",
+    "Rows",
+    "cosine_adam",
+    "optimizer_of",
+]
 
 
 class Optimizer(Protocol):
@@ -38,7 +48,7 @@ class _Adam:
     """torch's Adam for one parameter, by its functional form: a step of the class costs more than the arithmetic."""
 
     def __init__(self, parameter: nn.Parameter, lr: float) -> None:
-        self._parameter, self._lr = parameter, lr
+        self._parameter, self.lr = parameter, lr
         self._first, self._second = torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach())
         self._steps = torch.zeros(())
 
@@ -60,7 +70,7 @@ class _Adam:
             amsgrad=False,
             beta1=0.9,
             beta2=0.999,
-            lr=self._lr,
+            lr=self.lr,
             weight_decay=0.0,
             eps=1e-8,
             maximize=False,
@@ -96,6 +106,40 @@ def optimizer_of(optimizer: MakeOptimizer | str, lr: float) -> MakeOptimizer:
         return made
 
     return make
+
+
+class _CosineAdam:
+    """Adam whose learning rate rises over a tenth of the steps and falls along half a cosine over all."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, steps: int) -> None:
+        self._adam = optimizer_of("adam", lr)(parameters)
+        self._lr, self._steps, self._step = lr, steps, 0
+
+    def zero_grad(self) -> None:
+        self._adam.zero_grad()
+
+    def step(self) -> None:
+        done = min(self._step / self._steps, 1.0)
+        lr = self._lr * min(1.0, 10 * (done + 1 / self._steps)) * (1 + math.cos(math.pi * done)) / 2
+        if isinstance(self._adam, _Adam):
+            self._adam.lr = lr
+        else:
+            for group in self._adam.param_groups:  # type: ignore[attr-defined]
+                group["lr"] = lr
+        self._adam.step()
+        self._step += 1
+
+
+def cosine_adam(lr: float, steps: int) -> MakeOptimizer:
+    """Adam at ``lr`` for a fit of so many steps: a short rise, then half a cosine down to zero.
+
+    Raises:
+        TypeError: If ``lr`` is no number, or ``steps`` no integer.
+        ValueError: If ``lr`` is not finite and more than 0, or ``steps`` less than 1.
+    """
+    lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
+    steps = check_integer("steps", steps, minimum=1)
+    return lambda parameters: _CosineAdam(parameters, lr, steps)
 
 
 class Rows(Protocol):

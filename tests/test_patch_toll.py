@@ -1,0 +1,423 @@
+"""PatchToll in anomalib: the contract, and what is its own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from anomalib.data import Folder, MVTecAD
+from anomalib.post_processing import PostProcessor
+from conftest import draw
+from contracts import AnomalibModelContract, checkpoint_of, engine
+from sklearn.exceptions import NotFittedError
+from torchvision.transforms.v2 import RandomHorizontalFlip
+
+from toll_plugin.anomalib import PatchToll, TollPostProcessor
+from toll_plugin.core import DivergenceError, TollWarning
+
+ARGUMENTS = {"image_size": (64, 96), "pre_trained": False, "max_steps": 30, "hidden_size": 32, "latent_dim": 8}
+
+
+class TestContract(AnomalibModelContract):
+    name = "PatchToll"
+    arguments = ARGUMENTS
+    brief = {"max_steps": 5}  # noqa: RUF012
+
+    def test_resume_equals_an_uninterrupted_fit(self, trained, mvtec_root, tmp_path):
+        """There is one pass to train in: a checkpoint is fitted, and resuming from it changes nothing."""
+        resumed = self.build()
+        engine(tmp_path).fit(resumed, datamodule=self.data(mvtec_root), ckpt_path=trained[-1])
+        for name, value in trained[0].model.state_dict().items():
+            torch.testing.assert_close(resumed.model.state_dict()[name], value, msg=name)
+
+
+def _model(**changes):
+    return PatchToll(**ARGUMENTS | {"seed": 0, "visualizer": False} | changes)
+
+
+def _data(root, **changes):
+    arguments = {"val_split_mode": "from_train", "val_split_ratio": 0.25, "seed": 0, "num_workers": 0}
+    return MVTecAD(root=root, category="part", **arguments | {"train_batch_size": 4, "eval_batch_size": 3} | changes)
+
+
+def _fit(model, root, data, **arguments):
+    runner = engine(root, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TollWarning)
+        runner.fit(model, datamodule=data)
+    return runner
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Weights of a whole resnet18, as a file; not those any other model here has."""
+    torch.manual_seed(7)
+    state = timm.create_model("resnet18").state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    return path, state
+
+
+# --- features
+
+
+def test_the_backbone_is_frozen_and_its_features_are_computed_once(mvtec_root, tmp_path, monkeypatch):
+    model, calls = _model(), []
+    embed = model.model.embed
+    monkeypatch.setattr(model.model, "embed", lambda *a: calls.append(len(a[0])) or embed(*a))
+    before = copy.deepcopy(model.model.backbone.state_dict())
+    _fit(model, tmp_path, _data(mvtec_root), limit_val_batches=0)
+    assert sum(calls) == 9  # once each, though the network saw them many times
+    assert len(model.history.total) > 1
+    for name, value in model.model.backbone.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_file_of_features_gives_the_same_model(mvtec_root, tmp_path):
+    found = []
+    for limit in (2e9, 0):
+        model = _model(cache_limit=limit)
+        data = _data(mvtec_root)
+        data.setup()
+        data.train_dataloader = lambda data=data: torch.utils.data.DataLoader(
+            data.train_data, batch_size=4, collate_fn=data.train_data.collate_fn
+        )
+        _fit(model, tmp_path, data)
+        found.append(model.model.patches.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=0)
+
+
+def test_standardised_by_the_training_images(mvtec_root, tmp_path):
+    model, data = _model(), _data(mvtec_root)
+    _fit(model, tmp_path, data)
+    batches = [model.pre_processor.transform(batch.image) for batch in data.train_dataloader()]
+    features = [model.model.embed(images) for images in batches]
+    rows = torch.cat(features).permute(0, 2, 3, 1).reshape(-1, 448).double()
+    patches = model.model.patches
+    torch.testing.assert_close(patches.mean.double(), rows.mean(0), rtol=1e-4, atol=1e-5)
+    deviation = rows.std(0, correction=0)
+    # A dead channel, and a random backbone has some, is only centred, as far as it can be.
+    alive = deviation > 1e-3 * deviation.median()
+    assert alive.sum() > 350
+    torch.testing.assert_close(patches.scale.double()[alive], deviation[alive], rtol=1e-3, atol=1e-5)
+    assert (patches.scale > 0).all()
+
+
+def test_each_pass_sees_new_augmentations(mvtec_root, tmp_path, monkeypatch):
+    model = _model(passes=3)
+    seen = []
+    keep = model._keep
+    monkeypatch.setattr(
+        model, "_keep", lambda cache, features, names: seen.append(len(names)) or keep(cache, features, names)
+    )
+    _fit(model, tmp_path, _data(mvtec_root, train_augmentations=RandomHorizontalFlip()), limit_val_batches=0)
+    assert sum(seen) == 27
+    assert bool(model.model.is_fitted)
+
+
+@pytest.mark.parametrize("path_of", ["pth", "safetensors"])
+def test_weights_of_a_file(files, mvtec_root, tmp_path, path_of):
+    path, state = files
+    if path_of == "safetensors":
+        from safetensors.torch import save_file
+
+        path = tmp_path / "weights.safetensors"
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+    model = _model(pre_trained=True, weights_path=path)
+    _fit(model, tmp_path, _data(mvtec_root))
+    for name, value in model.model.backbone.feature_extractor.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+
+
+def test_a_checkpoint_needs_no_weights_file(files, mvtec_root, tmp_path):
+    path, _ = files
+    model = _model(pre_trained=True, weights_path=path)
+    _fit(model, tmp_path, _data(mvtec_root))
+    path.unlink()
+    loaded = PatchToll.load_from_checkpoint(checkpoint_of(tmp_path, "PatchToll", "MVTecAD", "part")).eval()
+    images = torch.rand(2, 3, 64, 96)
+    torch.testing.assert_close(loaded.model(images).pred_score, model.eval().model(images).pred_score)
+
+
+def test_missing_weights_end_the_fit_before_an_image_is_read(mvtec_root, tmp_path):
+    model = _model(pre_trained=True, weights_path=tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError, match=r"weights_path must be a file.*none\.pth"):
+        _fit(model, tmp_path, _data(mvtec_root))
+    assert not bool(model.model.is_fitted)
+
+
+def test_without_internet_the_error_says_what_to_do(mvtec_root, tmp_path, monkeypatch):
+    create = timm.create_model
+
+    def offline(*arguments, pretrained=False, **options):
+        if pretrained:
+            msg = "no route to the hub"
+            raise ConnectionError(msg)
+        return create(*arguments, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match=r"resnet18 are neither on this machine.*no route.*weights_path"):
+        _fit(_model(pre_trained=True), tmp_path, _data(mvtec_root))
+
+
+def test_never_random_without_a_word(mvtec_root, tmp_path, caplog):
+    _fit(_model(), tmp_path, _data(mvtec_root))
+    assert "random weights" in caplog.text
+
+
+def test_a_transformer_as_backbone(mvtec_root, tmp_path):
+    model = _model(backbone="vit_tiny_patch16_224", layers=["blocks.1", "blocks.3"])
+    _fit(model, tmp_path, _data(mvtec_root))
+    assert model.model.eval()(torch.rand(1, 3, 64, 96)).anomaly_map.shape == (1, 1, 64, 96)
+
+
+# --- held-out images and thresholds
+
+
+def _flagged(model, images):
+    model.eval()
+    with torch.no_grad():
+        return model.post_processor(model.model(images)).pred_label.float().mean()
+
+
+def test_training_images_are_held_out_where_validation_has_anomalies(mvtec_root, tmp_path, monkeypatch):
+    seen = {}
+    for mode, share in (("same_as_test", 1.0), ("from_train", 1.0), ("from_train", 0.0)):
+        model = _model()
+        split = model._split
+
+        def spy(features, names, generator, split=split, case=(mode, share)):
+            rows, held_out = split(features, names, generator)
+            seen[case] = (len(rows) // 96, len(held_out) // 96, len(names))
+            return rows, held_out
+
+        monkeypatch.setattr(model, "_split", spy)
+        _fit(model, tmp_path, _data(mvtec_root, val_split_mode=mode), limit_val_batches=share)
+        assert torch.isfinite(model.post_processor.image_threshold)
+    expected = {("same_as_test", 1.0): (10, 2, 12), ("from_train", 1.0): (9, 3, 9), ("from_train", 0.0): (7, 2, 9)}
+    assert seen == expected
+
+
+def test_copies_of_an_image_are_held_out_together(mvtec_root, tmp_path, monkeypatch):
+    model = _model(passes=2)
+    split, found = model._split, []
+    monkeypatch.setattr(model, "_split", lambda *a: found.append((a[1], *split(*a))) or found[0][1:])
+    _fit(model, tmp_path, _data(mvtec_root, val_split_mode="same_as_test"))
+    names, rows, held_out = found[0]
+    by_row = np.repeat(names, 96)
+    assert set(by_row[rows._index.numpy()]).isdisjoint(by_row[held_out._index.numpy()])
+    assert len(held_out) == 2 * 2 * 96
+
+
+def test_false_alarms_are_as_asked_for(tmp_path):
+    """160 held-out and 400 fresh images of one kind; 80 % shall pass."""
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        draw(tmp_path / f"images/train/{i:03d}.png", rng, bad=False, size=(32, 32))
+    for i in range(400):
+        draw(tmp_path / f"images/fresh/{i:03d}.png", rng, bad=False, size=(32, 32))
+    draw(tmp_path / "images/bad/0.png", rng, bad=True, size=(32, 32))
+    data = Folder(
+        "parts",
+        root=tmp_path / "images",
+        normal_dir="train",
+        normal_test_dir="fresh",
+        abnormal_dir="bad",
+        val_split_mode="from_train",
+        val_split_ratio=0.8,
+        num_workers=0,
+        seed=0,
+    )
+    model = _model(image_size=32, quantile=0.8, max_steps=60)
+    runner = _fit(model, tmp_path, data)
+    batches = runner.predict(model, datamodule=data)
+    flagged = torch.cat([batch.pred_label[batch.gt_label == 0] for batch in batches]).float()
+    assert len(flagged) == 400
+    # Its deviation is sqrt(0.2 * 0.8 * (1 / 160 + 1 / 400)) = 0.037 around 0.2.
+    assert 0.1 < float(flagged.mean()) < 0.3
+
+
+def test_an_image_is_flagged_where_a_pixel_is(mvtec_root, tmp_path):
+    model, data = _model(quantile=0.5), _data(mvtec_root)
+    runner = _fit(model, tmp_path, data)
+    labels, masks = [], []
+    for batch in runner.predict(model, datamodule=data):
+        labels.append(batch.pred_label)
+        masks.append(batch.pred_mask.flatten(1).any(dim=1))
+        torch.testing.assert_close(batch.pred_score, batch.anomaly_map.flatten(1).amax(dim=1))
+    torch.testing.assert_close(torch.cat(labels), torch.cat(masks))
+    assert torch.cat(labels).any()
+
+
+@pytest.mark.parametrize("kind", [PostProcessor, TollPostProcessor])
+def test_other_post_processors_take_the_validation_split(mvtec_root, tmp_path, kind):
+    model = _model(post_processor=kind())
+    _fit(model, tmp_path, _data(mvtec_root, val_split_mode="same_as_test"))
+    assert torch.isfinite(model.post_processor.image_threshold)
+
+
+# --- scores and maps
+
+
+@pytest.mark.parametrize("term", ["total", "reconstruction", "latent"])
+def test_map_and_score_by_hand(mvtec_root, tmp_path, term):
+    model = _model(score_term=term, sigma=0.0, beta=0.5)
+    _fit(model, tmp_path, _data(mvtec_root))
+    model.eval()
+    images = torch.rand(2, 3, 64, 96)
+    found, features, patches = model.model(images), model.model.embed(images), model.model.patches
+    x = (features - patches.mean[:, None, None]) / patches.scale[:, None, None]
+    grid = torch.empty(2, 1, 8, 12)
+    with torch.no_grad():
+        for n in range(2):
+            for i in range(8):
+                for j in range(12):
+                    made, z = patches.network(x[n : n + 1, :, i, j])
+                    residual, norm = ((x[n, :, i, j] - made[0]) ** 2).sum(), (z[0] ** 2).sum()
+                    total = residual + 0.5 * norm
+                    grid[n, 0, i, j] = {"total": total, "reconstruction": residual, "latent": norm}[term]
+    expected = torch.nn.functional.interpolate(grid, (64, 96), mode="bilinear")
+    torch.testing.assert_close(found.anomaly_map, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.pred_score, found.anomaly_map.flatten(1).amax(dim=1))
+
+
+def test_a_spot_is_found_and_located(mvtec_root, tmp_path):
+    """By a random backbone; but the defects of this data are bright squares on a smooth texture."""
+    model = _model(max_steps=300, hidden_size=128, image_size=(80, 96))
+    runner = _fit(model, tmp_path, _data(mvtec_root))
+    results = runner.test(model, datamodule=_data(mvtec_root))
+    assert results[0]["image_AUROC"] == 1
+    assert results[0]["pixel_AUROC"] > 0.9
+
+
+def test_a_score_does_not_depend_on_the_batch(mvtec_root, tmp_path):
+    model = _model()
+    _fit(model, tmp_path, _data(mvtec_root))
+    model.eval()
+    images = torch.rand(3, 3, 64, 96)
+    alone = torch.cat([model.model(image[None]).pred_score for image in images])
+    torch.testing.assert_close(model.model(images).pred_score, alone, rtol=1e-4, atol=1e-4)
+
+
+# --- fits
+
+
+def _folder(root, sizes, **changes):
+    rng = np.random.default_rng(0)
+    for i, size in enumerate(sizes):
+        draw(root / f"images/good/{i}.png", rng, bad=False, size=size)
+    draw(root / "images/bad/0.png", rng, bad=True)
+    arguments = {"normal_dir": "good", "abnormal_dir": "bad", "num_workers": 0, "seed": 0}
+    return Folder("parts", root=root / "images", **arguments | changes)
+
+
+@pytest.mark.parametrize("count", [2, 10])
+def test_few_images_suffice(tmp_path, count):
+    split = {"val_split_mode": "from_train", "val_split_ratio": 0.2 if count > 2 else 0.5, "test_split_ratio": 0.1}
+    data = _folder(tmp_path, [(40, 48)] * count, normal_test_dir="good", **split)
+    model = _model()
+    _fit(model, tmp_path, data)
+    batches = engine(tmp_path).predict(model, data_path=tmp_path / "images/bad")
+    assert bool(batches[0].pred_label.all())
+
+
+def test_the_same_seed_gives_the_same_model_and_leaves_the_global_generator():
+    before = torch.get_rng_state()
+    first, second = _model(seed=3), _model(seed=3)
+    torch.testing.assert_close(torch.get_rng_state(), before)
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_diverging_fit_keeps_the_fitted_model(mvtec_root, tmp_path):
+    model, data = _model(), _data(mvtec_root)
+    _fit(model, tmp_path, data)
+    before = copy.deepcopy(model.state_dict())
+    model.lr = 1e30
+    with pytest.raises(DivergenceError):
+        _fit(model, tmp_path, data)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_a_second_fit_starts_afresh(mvtec_root, tmp_path):
+    model = _model()
+    data = _data(mvtec_root, train_batch_size=9)
+    _fit(model, tmp_path, data)
+    first = model.history.total[0]
+    _fit(model, tmp_path, data)
+    assert model.history.total[0] == pytest.approx(first, rel=0.2)  # the order of images is the loader's
+
+
+def test_pickles_and_copies_score_alike(mvtec_root, tmp_path):
+    model = _model()
+    _fit(model, tmp_path, _data(mvtec_root))
+    images = torch.rand(1, 3, 64, 96)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        torch.testing.assert_close(other.eval()(images).pred_score, model.eval()(images).pred_score)
+
+
+# --- refusals
+
+
+def test_unfitted_models_do_not_score(mvtec_root, tmp_path):
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        _model().eval()(torch.rand(1, 3, 64, 96))
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        engine(tmp_path).test(_model(), datamodule=_data(mvtec_root))
+
+
+def test_one_image_is_too_few(tmp_path):
+    data = _folder(tmp_path, [(40, 48)], normal_test_dir="good", val_split_mode="same_as_test")
+    with pytest.raises(ValueError, match="at least 2 images"):
+        _fit(_model(), tmp_path, data)
+
+
+def test_nan_pixels_are_refused(mvtec_root, tmp_path):
+    class Broken(torch.nn.Module):
+        def forward(self, image, mask=None):
+            return image * float("nan"), mask
+
+    model = _model()
+    model.pre_processor.transform = Broken()
+    with pytest.raises(ValueError, match=r"images must be finite.*\.png"):
+        _fit(model, tmp_path, _data(mvtec_root))
+
+
+def test_images_of_several_sizes_are_refused_without_a_pre_processor(tmp_path):
+    data = _folder(tmp_path, [(64, 64), (64, 96)], normal_test_dir="good", train_batch_size=1)
+    with pytest.raises(ValueError, match="images must have one size"):
+        _fit(_model(pre_processor=False, image_size=None), tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"backbone": "resnet"}, ValueError, "backbone must be the name of a timm network, got 'resnet'"),
+        ({"layers": ["layer2", "layer9"]}, ValueError, "layers must be among .*layer3.*got layer2, layer9"),
+        ({"layers": []}, ValueError, "at least one layer"),
+        ({"layers": "layer2"}, TypeError, "layers must be a sequence of names, got 'layer2'"),
+        ({"neighbourhood": 2}, ValueError, "neighbourhood must be odd, got 2"),
+        ({"quantile": 1.5}, ValueError, "quantile must be in"),
+        ({"quantile": 0}, ValueError, "quantile must be finite and > 0"),
+        ({"beta": -1}, ValueError, "beta must be finite and >= 0"),
+        ({"exponent": 3}, ValueError, "exponent must be one of 1, 2"),
+        ({"score_term": "both"}, ValueError, "score_term must be one of"),
+        ({"sigma": -1.0}, ValueError, "sigma"),
+        ({"focus": -1.0}, ValueError, "focus"),
+        ({"max_steps": 0}, ValueError, "max_steps must be at least 1"),
+        ({"batch_size": 1}, ValueError, "batch_size must be at least 2"),
+        ({"passes": 0}, ValueError, "passes must be at least 1"),
+        ({"cache_limit": -1}, ValueError, "cache_limit"),
+        ({"hidden_size": 1.5}, TypeError, "hidden_size must be an integer"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        _model(**arguments)

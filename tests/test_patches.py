@@ -1,0 +1,656 @@
+"""Positions of feature maps: score, enlarging, the kept rows, how they are drawn, and the fit."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from scipy.stats import chi2
+from torch import nn
+from torch.nn.functional import interpolate
+
+from toll_plugin.core import Autoencoder, DenseAutoencoder, DivergenceError, PatchAutoencoder, TollLoss, fit_patches
+from toll_plugin.core import patches as module
+from toll_plugin.core.cache import RowCache, RowSubset
+from toll_plugin.core.learners import cosine_adam
+from toll_plugin.core.patches import StandardisedRows, enlarge
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _patches(channels: int = 4, exponent: int = 2, beta: float = 0.1, seed: int = 0, term: str = "total"):
+    network = DenseAutoencoder(channels, (8,), 2, generator=_generator(seed))
+    return PatchAutoencoder(network, TollLoss(beta, exponent=exponent), term)
+
+
+ROWS = torch.randn(300, 4, generator=_generator(1)) * torch.tensor([1.0, 2.0, 0.5, 1.0]) + 3
+HELD_OUT = torch.randn(70, 4, generator=_generator(2)) * torch.tensor([1.0, 2.0, 0.5, 1.0]) + 3
+
+
+# --- score of a position
+
+
+class _Halves(nn.Module):
+    """Reconstructs half of each value; the latent is the sum and the difference of the first two."""
+
+    input_shape = (3,)
+
+    def forward(self, x):
+        return x / 2, torch.stack([x[:, 0] + x[:, 1], x[:, 0] - x[:, 1]], dim=1)
+
+
+def test_score_by_hand():
+    model = PatchAutoencoder(_Halves(), TollLoss(10.0))
+    model.standardise_by(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.5, 1.0, 1.0]))
+    features = torch.tensor([3.0, 0.0, 0.0]).view(1, 3, 1, 1)
+    # x = ((3 - 1) / 0.5, 0, 0) = (4, 0, 0): the residual is (2, 0, 0), the latent (4, 4).
+    assert model(features).item() == pytest.approx(2 + 10 * math.sqrt(32))
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+@pytest.mark.parametrize("term", ["total", "reconstruction", "latent"])
+def test_terms_and_score_equal_a_loop_over_positions(exponent, term):
+    model = _patches(exponent=exponent, beta=0.7, term=term)
+    for layer in model.modules():  # statistics that are not those of an untrained network
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.running_mean.uniform_(-0.3, 0.3)
+            layer.running_var.uniform_(0.5, 2.0)
+    mean, deviation = [0.5, -1.0, 2.0, 0.0], [2.0, 0.5, 1.0, 3.0]
+    model.standardise_by(torch.tensor(mean), torch.tensor(deviation))
+    features = torch.randn(2, 4, 3, 5, generator=_generator(3))
+    model.eval()
+    with torch.no_grad():
+        terms, scores = model.terms(features), model(features)
+    assert scores.shape == (2, 1, 3, 5)
+    for n in range(2):
+        for i in range(3):
+            for j in range(5):
+                x = [(float(features[n, c, i, j]) - mean[c]) / deviation[c] for c in range(4)]
+                with torch.no_grad():
+                    x_hat, z = (row[0].tolist() for row in model.network(torch.tensor([x])))
+                residual = sum((a - b) ** 2 for a, b in zip(x, x_hat, strict=True)) ** (exponent / 2)
+                latent = sum(a**2 for a in z) ** (exponent / 2)
+                expected = {"total": residual + 0.7 * latent, "reconstruction": residual, "latent": latent}[term]
+                assert float(terms.reconstruction[n, i, j]) == pytest.approx(residual, rel=1e-4)
+                assert float(terms.latent[n, i, j]) == pytest.approx(latent, rel=1e-4)
+                assert float(scores[n, 0, i, j]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_unknown_score_term_is_refused():
+    with pytest.raises(ValueError, match=r"score_term must be one of .*got 'both'"):
+        _patches(term="both")
+
+
+def test_standardisation_travels_with_the_weights():
+    model, twin = _patches(), _patches(seed=1)
+    model.standardise_by(torch.arange(4.0), torch.arange(1.0, 5.0))
+    twin.load_state_dict(model.state_dict())
+    features = torch.randn(1, 4, 2, 2)
+    torch.testing.assert_close(twin.eval()(features), model.eval()(features))
+    torch.testing.assert_close(twin.standardise(torch.arange(4.0)[None]), torch.zeros(1, 4))
+
+
+def test_channels_that_hardly_vary_are_not_blown_up():
+    model = _patches()
+    # 2 is the median of the deviations that vary: nothing is divided by less than a small share of it.
+    model.standardise_by(torch.zeros(4), torch.tensor([0.0, 1e-9, 2.0, 5.0]))
+    smallest = model.scale[0]
+    assert 1e-9 < smallest < 2
+    assert model.scale.tolist() == [smallest, smallest, 2.0, 5.0]
+
+
+def test_silent_channels_do_not_drown_the_others():
+    """More than half of the channels are constant in training, as with a backbone whose units are dead."""
+    rows, held_out = ROWS.clone(), HELD_OUT.clone()
+    rows[:, :3], held_out[:, :3] = 0.0, 1e-4
+    model = _patches()
+    history = fit_patches(model, rows, held_out, max_steps=20, batch_size=64, generator=_generator())
+    # Divided by 1e-12 the held-out rows would lie 1e8 from the mean, and their loss would be 1e16.
+    assert max(history.validation) < 100
+
+
+def test_nothing_varies():
+    model = _patches()
+    model.standardise_by(torch.full((4,), 7.0), torch.zeros(4))
+    torch.testing.assert_close(model.standardise(torch.full((1, 4), 9.0)), torch.full((1, 4), 2.0))
+
+
+# --- enlarge
+
+SIZES = [((5, 7), (20, 28)), ((5, 7), (33, 17)), ((1, 1), (4, 6)), ((1, 3), (5, 3)), ((3, 1), (2, 9)), ((9, 8), (4, 3))]
+SIZES += [((1, 4), (1, 1)), ((6, 6), (6, 6))]
+
+
+@pytest.mark.parametrize(("grid", "size"), SIZES)
+def test_without_sigma_it_is_torchs_bilinear_interpolation(grid, size):
+    maps = torch.rand(3, 1, *grid, dtype=torch.float64)
+    expected = interpolate(maps, size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(enlarge(maps, size, 0.0), expected)
+    torch.testing.assert_close(enlarge(maps.float(), size, 0.0), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.8, 4.0, 50.0])
+@pytest.mark.parametrize(("grid", "size"), SIZES)
+def test_with_sigma_it_is_scipys_gaussian_normalised_within_the_image(grid, size, sigma):
+    maps = torch.rand(2, 1, *grid, dtype=torch.float64)
+    enlarged = interpolate(maps, size, mode="bilinear", align_corners=False).numpy()
+    # Zeros beyond the edge, divided by the share of the kernel that lies inside; a radius beyond every size.
+    blur = {"sigma": sigma, "mode": "constant", "radius": 40, "axes": (2, 3)}
+    expected = gaussian_filter(enlarged, **blur) / gaussian_filter(np.ones_like(enlarged), **blur)
+    torch.testing.assert_close(enlarge(maps, size, sigma), torch.from_numpy(expected))
+
+
+def test_gaussian_by_hand():
+    # Two pixels at distance 1: the neighbour has the weight exp(-1/2) against 1.
+    weight = math.exp(-0.5)
+    found = enlarge(torch.tensor([[[[1.0, 0.0]]]]), (1, 2), 1.0)[0, 0, 0]
+    torch.testing.assert_close(found, torch.tensor([1 / (1 + weight), weight / (1 + weight)]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    size=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    sigma=st.sampled_from([0.0, 0.3, 2.0, 30.0]),
+    level=st.floats(-1e3, 1e3),
+    seed=st.integers(0, 100),
+)
+def test_enlarging_averages(grid, size, sigma, level, seed):
+    """A constant stays one, nothing leaves the range of the map, and a mirrored map gives a mirrored result."""
+    maps = torch.rand(2, 1, *grid, generator=_generator(seed), dtype=torch.float64)
+    found = enlarge(maps, size, sigma)
+    assert found.shape == (2, 1, *size)
+    assert float(found.min()) >= float(maps.min()) - 1e-12
+    assert float(found.max()) <= float(maps.max()) + 1e-12
+    torch.testing.assert_close(enlarge(maps.flip(-1, -2), size, sigma), found.flip(-1, -2))
+    constant = enlarge(torch.full_like(maps, level), size, sigma)
+    torch.testing.assert_close(constant, torch.full_like(constant, level))
+
+
+# --- RowCache
+
+
+def _filled(limit: float, folder=None, *, width: int = 3) -> tuple[RowCache, np.ndarray]:
+    cache, rows = (
+        RowCache(width, limit=limit, folder=folder),
+        np.arange(20 * width, dtype=np.float32).reshape(-1, width),
+    )
+    for start, end in ((0, 1), (1, 8), (8, 8), (8, 15), (15, 20)):
+        cache.append(torch.from_numpy(rows[start:end]))
+    return cache, rows
+
+
+INDICES = [slice(None), slice(3, 9), slice(18, 99), slice(4, 4), slice(None, None, 7), torch.tensor([19, 0, 0, 7])]
+INDICES += [torch.arange(20)[None, :5].flatten(), torch.empty(0, dtype=torch.int64), torch.arange(20) % 3 == 0]
+
+
+# All in memory, all in the file, and a file from the third piece on.
+@pytest.mark.parametrize("limit", [1e9, 0, 12 * 10])
+def test_a_cache_gives_its_rows(limit):
+    cache, rows = _filled(limit)
+    assert len(cache) == 20
+    assert cache.in_memory == (limit == 1e9)
+    np.testing.assert_array_equal(cache.rows(), rows)
+    for index in INDICES:
+        found = cache[index]
+        expected = rows[index if isinstance(index, slice) else index.numpy()]
+        assert found.dtype == torch.float32
+        np.testing.assert_array_equal(found.numpy(), expected)
+        found.fill_(-1)  # a copy: what is read can be written to and changes nothing
+    np.testing.assert_array_equal(cache.rows(), rows)
+
+
+def test_the_limit_is_one_of_bytes():
+    cache = RowCache(3, limit=24)
+    cache.append(torch.ones(2, 3))  # two rows of three values of four bytes
+    assert cache.in_memory
+    cache.append(torch.full((1, 3), 2.0))
+    assert not cache.in_memory
+    assert cache[slice(None)].tolist() == [[1.0] * 3, [1.0] * 3, [2.0] * 3]
+
+
+@pytest.mark.parametrize("limit", [1e9, 0, 12 * 10])
+def test_rows_may_be_added_after_reading(limit):
+    cache, rows = _filled(limit)
+    for _ in range(2):
+        before = cache.rows()
+        cache.append(torch.full((6, 3), -1.0))
+        rows = np.concatenate([rows, np.full((6, 3), -1, np.float32)])
+        np.testing.assert_array_equal(cache.rows(), rows)
+        np.testing.assert_array_equal(before, rows[:-6])  # what was given out does not change
+
+
+@pytest.mark.parametrize("limit", [1e9, 0])
+def test_the_rows_are_not_the_callers(limit):
+    cache, given = RowCache(2, limit=limit), torch.ones(3, 2)
+    cache.append(given)
+    given.fill_(5)
+    assert cache[slice(None)].tolist() == [[1.0, 1.0]] * 3
+
+
+def test_rows_of_any_layout_and_precision():
+    cache, expected = RowCache(2), []
+    features = torch.arange(12.0).view(1, 2, 2, 3)
+    for dtype in (torch.float16, torch.float64, torch.int64):
+        strided = features.permute(0, 2, 3, 1).reshape(-1, 2).T.contiguous().T.to(dtype)
+        assert not strided.is_contiguous()
+        cache.append(strided)
+        expected += [[float(p), float(p + 6)] for p in range(6)]
+    cache.append(torch.ones(1, 2, requires_grad=True))
+    assert cache[slice(None)].tolist() == [*expected, [1.0, 1.0]]
+
+
+def test_an_empty_cache():
+    for limit in (0, 100):
+        cache = RowCache(3, limit=limit)
+        assert len(cache) == 0
+        assert cache[slice(None)].shape == (0, 3)
+        cache.append(torch.empty(0, 3))
+        assert cache[torch.empty(0, dtype=torch.int64)].shape == (0, 3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed by Linux alone")
+def test_the_file_is_gone_with_the_cache(tmp_path):
+    def held() -> list[str]:
+        # The listing's own descriptor is closed by now, so its link leads nowhere and is left out.
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return [name for link in links if (name := str(link.readlink())).startswith(str(tmp_path))]
+
+    cache, rows = _filled(0, tmp_path)
+    assert list(tmp_path.iterdir()) == []  # without a name, so that a killed process leaves nothing behind
+    view = cache.rows()
+    assert len(held()) >= 1
+    del cache
+    gc.collect()
+    np.testing.assert_array_equal(view, rows)  # the mapping lives as long as somebody holds it
+    del view
+    gc.collect()
+    assert held() == []
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.zeros(2, 4),
+        torch.zeros(3),
+        torch.zeros(1, 2, 3),
+        torch.tensor([[0.0, math.nan, 0.0]]),
+        torch.tensor([[0.0, math.inf, 0.0]]),
+        torch.tensor([[0.0, 1e300, 0.0]], dtype=torch.float64),  # finite until it is kept in single precision
+    ],
+)
+def test_bad_rows_are_refused_and_leave_the_cache_as_it_was(rows):
+    cache, kept = _filled(1e9)
+    with pytest.raises(ValueError, match=r"rows must be finite and have shape \(N, 3\)"):
+        cache.append(rows)
+    np.testing.assert_array_equal(cache.rows(), kept)
+
+
+def test_bad_arguments_of_a_cache(tmp_path):
+    with pytest.raises(ValueError, match=r"limit must be finite and >= 0, got -1"):
+        RowCache(3, limit=-1)
+    with pytest.raises(TypeError, match=r"limit must be a real number"):
+        RowCache(3, limit="1 GiB")
+    with pytest.raises(ValueError, match=r"folder must be an existing folder, got .*none"):
+        RowCache(3, folder=tmp_path / "none")
+
+
+@pytest.mark.parametrize("limit", [1e9, 0])
+def test_a_subset_is_indexed_by_its_own_positions(limit):
+    cache, rows = _filled(limit)
+    chosen = torch.tensor([7, 7, 2, 19])
+    subset = RowSubset(cache, chosen)
+    assert len(subset) == 4
+    np.testing.assert_array_equal(subset[slice(1, 3)].numpy(), rows[[7, 2]])
+    np.testing.assert_array_equal(subset[torch.tensor([3, 0])].numpy(), rows[[19, 7]])
+    np.testing.assert_array_equal(RowSubset(subset, torch.tensor([2]))[slice(None)].numpy(), rows[[2]])
+    assert subset[slice(0, 0)].shape == (0, 3)
+
+
+def test_standardised_rows_are_the_models():
+    model = _patches()
+    model.standardise_by(torch.arange(4.0), torch.arange(1.0, 5.0))
+    rows = StandardisedRows(ROWS, model, torch.device("cpu"))
+    assert len(rows) == len(ROWS)
+    torch.testing.assert_close(rows[slice(5, 9)], model.standardise(ROWS[5:9]))
+    torch.testing.assert_close(rows[torch.tensor([2, 0])], model.standardise(ROWS[[2, 0]]))
+
+
+# --- statistics
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -3e6])
+@pytest.mark.parametrize("piece", [7, 10_000])  # several pieces, the last of them short, and one
+def test_statistics_equal_numpys_where_the_mean_is_large(offset, piece, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", piece)
+    # In single precision the squares of 3e6 have steps of 1e6, so nothing of a deviation of 1 would be left.
+    rows = (np.random.default_rng(0).normal(size=(101, 3)) * [1, 4, 0.5] + offset).astype(np.float32)
+    mean, deviation = module._statistics(torch.from_numpy(rows))
+    np.testing.assert_allclose(mean, rows.astype(float).mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(deviation, rows.astype(float).std(0), rtol=1e-6)
+
+
+def test_statistics_of_a_constant_are_exact(monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 7)
+    mean, deviation = module._statistics(torch.full((50, 2), 0.1))
+    assert mean.float().tolist() == torch.full((2,), 0.1).tolist()
+    assert deviation.tolist() == [0.0, 0.0]
+
+
+def test_statistics_do_not_lean_on_the_first_piece(monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 5)
+    rows = np.concatenate([np.full((5, 1), 1e4), np.random.default_rng(0).normal(size=(95, 1))]).astype(np.float32)
+    mean, deviation = module._statistics(torch.from_numpy(rows))
+    np.testing.assert_allclose(mean, rows.astype(float).mean(0), rtol=1e-9)
+    np.testing.assert_allclose(deviation, rows.astype(float).std(0), rtol=1e-9)
+
+
+# --- focus
+
+
+class _Recorded:
+    """Rows that remember which of them were fetched by position."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows, self.fetched = rows, []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, torch.Tensor):
+            self.fetched.append(index)
+        return self.rows[index]
+
+
+def _drawn(rows: torch.Tensor, focus: float, *, of: str = "rows", seed: int = 0) -> np.ndarray:
+    """How often each row was fetched in one epoch."""
+    rows_of = {"rows": _Recorded(ROWS), "validation": _Recorded(HELD_OUT)} | {of: _Recorded(rows)}
+    steps = -(-len(rows_of["rows"]) // 4096)
+    fit_patches(
+        _patches(rows.shape[1]), **rows_of, focus=focus, batch_size=4096, max_steps=steps, generator=_generator(seed)
+    )
+    return np.bincount(torch.cat(rows_of[of].fetched), minlength=len(rows))
+
+
+@pytest.mark.parametrize("focus", [0.0, 0.5, 2.0, 3.0])
+@pytest.mark.parametrize("of", ["rows", "validation"])
+def test_rows_are_drawn_in_proportion_to_a_power_of_their_distance(focus, of, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 1000)
+    rows = torch.randn(12_000, 4, generator=_generator(4)).mul(torch.linspace(0.1, 3, 12_000)[:, None]).add(50)
+    counts = _drawn(rows, focus, of=of)
+    assert counts.sum() == len(rows)
+
+    array = rows.double().numpy()
+    # Held-out rows are standardised by the training rows, and a channel's deviation is NumPy's.
+    basis = array if of == "rows" else ROWS.double().numpy()
+    weights = (((array - basis.mean(0)) / basis.std(0)) ** 2).sum(1) ** (focus / 2)
+    bins = np.array_split(np.argsort(weights), 30)
+    shares = np.array([weights[chosen].sum() for chosen in bins]) / weights.sum()
+    observed, expected = np.array([counts[chosen].sum() for chosen in bins]), shares * len(rows)
+    # Chi-square of the bins, at a level that a right sampler misses once in 10^6 seeds; there is one seed.
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    assert statistic < chi2.ppf(1 - 1e-6, len(bins) - 1)
+
+
+def test_every_row_can_be_drawn_and_the_order_is_no_privilege():
+    counts = sum(_drawn(ROWS, 0.0, seed=seed) for seed in range(40))
+    assert counts.min() >= 15  # 40 are expected of each, with a deviation of 6.3
+    assert counts.max() <= 70
+
+
+def test_the_only_row_away_from_the_mean_is_drawn_alone():
+    rows = torch.zeros(400, 4)
+    rows[123] = 400.0
+    counts = _drawn(rows, 8.0)
+    # The others lie at 1 from a mean of 1, it lies at 399: (399)^8 against 399 times 1.
+    assert counts[123] == 400
+
+
+@pytest.mark.parametrize("focus", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e6])
+def test_a_constant_table_is_drawn_and_fitted_without_nan(value, focus):
+    model = _patches()
+    recorded = _Recorded(torch.full((50, 4), value))
+    history = fit_patches(model, recorded, recorded, focus=focus, max_steps=5, batch_size=16, generator=_generator())
+    assert np.isfinite([history.total, history.validation, history.reconstruction, history.latent]).all()
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+    assert len(torch.cat(recorded.fetched).unique()) > 20  # all weights are zero, which means uniform
+    assert bool(model.eval()(torch.full((1, 4, 2, 2), value)).isfinite().all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    scale=st.sampled_from([0.0, 1e-20, 1.0, 1e6]),
+    offset=st.sampled_from([0.0, 1.0, -1e4]),
+    focus=st.sampled_from([0.0, 0.3, 2.0, 60.0]),
+    seed=st.integers(0, 100),
+)
+def test_any_table_is_fitted_with_finite_numbers(n, scale, offset, focus, seed):
+    rows = torch.randn(n, 3, generator=_generator(seed)) * scale + offset
+    model = _patches(3)
+    history = fit_patches(model, rows, rows, focus=focus, max_steps=3, batch_size=8, generator=_generator(seed))
+    assert np.isfinite([history.total, history.validation]).all()
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+
+
+def test_some_of_the_held_out_rows_suffice(monkeypatch):
+    monkeypatch.setattr(module, "_HELD_OUT", 25)
+    recorded = _Recorded(HELD_OUT)
+    fit_patches(_patches(), ROWS, recorded, max_steps=1, generator=_generator())
+    assert len(torch.cat(recorded.fetched)) == 25
+
+
+# --- fit
+
+
+def _fitted(rows=ROWS, held_out=HELD_OUT, *, seed: int = 5, **arguments):
+    model = _patches()
+    arguments = {"max_steps": 30, "batch_size": 64, "lr": 0.01} | arguments
+    return model, fit_patches(model, rows, held_out, generator=_generator(seed), **arguments)
+
+
+def _assert_equal(model, other):
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_the_generator_decides():
+    (model, history), (again, history_again), (other, _) = _fitted(), _fitted(), _fitted(seed=6)
+    _assert_equal(model, again)
+    assert history == history_again
+    assert any(not torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_no_global_state_is_touched():
+    state = torch.get_rng_state()
+    _fitted(focus=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("limit", [0, 2000, 1e9])
+def test_it_makes_no_difference_where_the_rows_lie(limit):
+    caches = []
+    for rows in (ROWS, HELD_OUT):
+        cache = RowCache(4, limit=limit)
+        for part in rows.split(13):
+            cache.append(part)
+        caches.append(cache)
+    assert caches[0].in_memory == (limit == 1e9)
+    model, history = _fitted(*caches)
+    expected, expected_history = _fitted()
+    _assert_equal(model, expected)
+    assert history == expected_history
+
+
+def test_it_learns_and_standardises():
+    model, history = _fitted(max_steps=300)
+    assert min(history.validation) < 0.7 * history.validation[0]
+    standardised = model.standardise(ROWS)
+    torch.testing.assert_close(standardised.mean(0), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(standardised.std(0, correction=0), torch.ones(4), rtol=0, atol=1e-5)
+
+
+def test_the_written_out_step_and_autograd_agree():
+    """The same network as one that only autograd can train."""
+    model = _patches()
+    twin = copy.deepcopy(model)
+    twin.network = Autoencoder(twin.network.encoder, twin.network.decoder, input_shape=(4,))
+    arguments = {"lr": 0.003, "batch_size": 64, "max_steps": 12}
+    history = fit_patches(model, ROWS, HELD_OUT, generator=_generator(), **arguments)
+    expected = fit_patches(twin, ROWS, HELD_OUT, generator=_generator(), **arguments)
+    np.testing.assert_allclose(history.total, expected.total, rtol=1e-4)
+    np.testing.assert_allclose(history.validation, expected.validation, rtol=1e-3)
+
+
+#: Far from all training rows, so it is reconstructed the worse the longer the fit goes on. As all
+#: held-out rows are this one, it does not matter which of them are drawn.
+OUTLIER = torch.tensor([[3.0, 3.0, 13.0, 3.0]]).expand(9, 4)
+
+
+def _outlier_loss(model) -> float:
+    with torch.no_grad():
+        return float(model.eval()(OUTLIER[:1].reshape(1, 4, 1, 1)))
+
+
+def test_the_best_weights_are_put_back():
+    model, history = _fitted(held_out=OUTLIER, max_steps=400, lr=0.1, patience=None)
+    assert len(history.validation) == 400 // 5 + (400 % 5 > 0)
+    assert history.best_epoch == int(np.argmin(history.validation)) < len(history.validation) - 1
+    assert history.validation[-1] > 1.01 * min(history.validation)  # so the last weights would be told apart
+    assert _outlier_loss(model) == pytest.approx(min(history.validation), rel=1e-4)
+
+
+def test_patience_ends_the_fit():
+    _, history = _fitted(held_out=OUTLIER, max_steps=4000, lr=0.1, patience=3)
+    assert len(history.total) == history.best_epoch + 4
+    assert len(history.total) < 4000 // 5
+
+
+def test_steps_end_the_fit():
+    seen = []
+    model, history = _fitted(max_steps=12, patience=1, on_epoch=lambda epoch, _: seen.append(epoch))
+    assert len(history.total) == 3  # 300 rows, 64 at a time: five, five and two steps
+    assert seen == [0, 1, 2]
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_focus_is_for_rare_positions():
+    """3 of 100 positions show something else than the others, further from the mean and along other directions."""
+    usual, rare = torch.randn(2, 4, 12, generator=_generator(99)) * torch.tensor([0.3, 1.5])[:, None, None]
+
+    def table(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = _generator(seed)
+        causes = torch.randn(n, 4, generator=generator).tanh()
+        is_rare = torch.rand(n, 1, generator=generator) < 0.03
+        rows = torch.where(is_rare, causes @ rare, causes @ usual)
+        return rows + 0.02 * torch.randn(n, 12, generator=generator), is_rare[:, 0]
+
+    (train, _), (held_out, _), (fresh, is_rare) = table(3000, 0), table(600, 1), table(3000, 2)
+    errors = {}
+    for focus in (0.0, 2.0):
+        model = PatchAutoencoder(DenseAutoencoder(12, (32,), 4, generator=_generator()), TollLoss(0.01))
+        arguments = {"max_steps": 300, "batch_size": 128, "lr": 0.01, "patience": None}
+        fit_patches(model, train, held_out, focus=focus, generator=_generator(), **arguments)
+        with torch.no_grad():
+            errors[focus] = model.eval().terms(fresh[is_rare][:, :, None, None]).reconstruction.mean().item()
+    assert errors[2.0] < 0.5 * errors[0.0]  # a quarter, with this seed and others
+
+
+def test_divergence_leaves_finite_weights():
+    model = _patches()
+    with pytest.raises(DivergenceError, match="not finite at step"):
+        fit_patches(model, ROWS, HELD_OUT, lr=1e30, max_steps=200, batch_size=64, generator=_generator())
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+    assert bool(model.eval()(torch.randn(1, 4, 2, 2)).isfinite().all())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 33])
+@pytest.mark.parametrize("held_out", [1, 2])
+def test_few_rows(n, held_out):
+    model, history = _fitted(ROWS[:n], HELD_OUT[:held_out], max_steps=4, batch_size=32)
+    assert np.isfinite([history.total, history.validation]).all()
+    assert bool(model.eval()(torch.randn(1, 4, 2, 3)).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"focus": -1.0}, ValueError, "focus must be finite and >= 0, got -1"),
+        ({"focus": math.inf}, ValueError, "focus must be finite"),
+        ({"lr": 0.0}, ValueError, "lr must be finite and > 0"),
+        ({"max_steps": 0}, ValueError, "steps must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"patience": 0}, ValueError, "patience must be at least 1"),
+        ({"rows": ROWS[:0]}, ValueError, "rows must hold at least one row, got none"),
+        ({"held_out": ROWS[:0]}, ValueError, "validation must hold at least one row, got none"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        _fitted(**arguments)
+
+
+# --- the learning rate
+
+#: Of 20 steps: two rise by halves of the largest rate, along half a cosine that begins at once.
+BY_HAND = {0: 0.5, 1: (1 + math.cos(math.pi / 20)) / 2, 5: (1 + math.sqrt(0.5)) / 2, 10: 0.5, 15: (1 - 0.5**0.5) / 2}
+
+
+@pytest.mark.parametrize("parameters", [1, 2])  # one has a path of its own, two go through torch.optim
+def test_learning_rates_by_hand(parameters):
+    held = [nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(parameters)]
+    optimizer = cosine_adam(0.2, 20)(held)
+    moves = []
+    for _ in range(24):
+        before = held[0].detach().clone()
+        for parameter in held:
+            # Of a constant gradient Adam takes the sign, so a parameter moves by the learning rate.
+            parameter.grad = torch.tensor([1.0, -3.0, 50.0], dtype=torch.float64)
+        optimizer.step()
+        moves.append((before - held[0].detach()) * torch.tensor([1, -1, 1]))
+    for step, share in BY_HAND.items():
+        torch.testing.assert_close(moves[step], torch.full((3,), 0.2 * share, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert torch.stack(moves[:20]).min() > 0
+    assert torch.stack(moves[20:]).abs().max() < 1e-12  # what was to be done is done
+    assert all(torch.equal(parameter, held[0]) for parameter in held)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in held)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50])
+@pytest.mark.parametrize("parameters", [1, 2])
+def test_steps_equal_torchs_adam_with_a_schedule(steps, parameters):
+    held = [nn.Parameter(torch.randn(4)) for _ in range(parameters)]
+    twins = copy.deepcopy(held)
+    optimizer, expected = cosine_adam(0.05, steps)(held), torch.optim.Adam(twins, lr=1.0)
+    for step in range(steps):
+        for parameter, twin in zip(held, twins, strict=True):
+            parameter.grad = torch.randn(4)
+            twin.grad = parameter.grad.clone()
+        rise = min(1.0, (step + 1) / (steps / 10))
+        expected.param_groups[0]["lr"] = 0.05 * rise * math.cos(math.pi * step / (2 * steps)) ** 2
+        optimizer.step()
+        expected.step()
+    for parameter, twin in zip(held, twins, strict=True):
+        torch.testing.assert_close(parameter, twin)
+
+
+@pytest.mark.parametrize(
+    ("lr", "steps", "error"),
+    [(0.0, 5, ValueError), (math.nan, 5, ValueError), ("1", 5, TypeError), (0.1, 0, ValueError), (0.1, 5.0, TypeError)],
+)
+def test_bad_arguments_of_the_optimiser(lr, steps, error):
+    with pytest.raises(error, match=r"lr must be|steps must be"):
+        cosine_adam(lr, steps)

@@ -1,0 +1,130 @@
+"""What Toll and PatchToll have in common as models of anomalib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import AUROC, F1Score
+from anomalib.metrics.evaluator import Evaluator
+from anomalib.models.components.base import AnomalibModule
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor, nn
+
+from toll_plugin.anomalib.checkpoints import check_archive, restore_components, store_components
+from toll_plugin.anomalib.pre_processor import TollPreProcessor
+
+__all__ = ["Verbs", "is_normal", "size_of", "validation_batches"]
+
+
+if TYPE_CHECKING:
+    from anomalib.models.components.base import AnomalibModule as _Base
+else:
+    _Base = object  # anomalib takes each class right below AnomalibModule for a model
+
+
+class Verbs(_Base):
+    """Scoring, metrics, checkpoints and exports; stands before ``AnomalibModule`` among a model's bases."""
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Normal images only."""
+        return LearningType.ONE_CLASS
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """The default metrics of anomalib, without the sigmoid that ties scores outside [0, 1]."""
+        return Evaluator(
+            test_metrics=[
+                AUROC(fields=["pred_score", "gt_label"], prefix="image_", normalization=None),
+                # There is no label to compare where the post-processor is switched off.
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
+                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False, normalization=None),
+                F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+            ]
+        )
+
+    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
+        """Predictions of a batch."""
+        del args, kwargs
+        return batch.update(**self.model(batch.image, batch.image_path)._asdict())
+
+    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
+        """Predictions of a batch."""
+        return self.test_step(batch, *args, **kwargs)
+
+    def to_onnx(
+        self,
+        export_root: str | Path,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export as anomalib does, at the exporter's own opset.
+
+        anomalib asks for opset 14, to which torch's exporter has to convert down; that fails,
+        prints a traceback, and leaves opset 18 anyway. Without a pre-processor nothing resizes,
+        and the export takes images of the network's size.
+        """
+        kwargs.setdefault("opset_version", 18)
+        if input_size is None and self.pre_processor is None:
+            input_size = self._image_size
+        path: Path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        return path
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Load as anomalib does.
+
+        Raises:
+            ValueError: If the file is damaged, or what the checkpoint does not store (an encoder
+                and a decoder, a pre- or post-processor of a class of your own) is not passed.
+        """
+        check_archive(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what hyperparameters cannot hold."""
+        super().on_save_checkpoint(checkpoint)
+        store_components(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fit the model to what the checkpoint was trained with."""
+        restore_components(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)
+
+
+def size_of(pre_processor: nn.Module | bool) -> tuple[int, int]:
+    """The size that a pre-processor resizes to, 256 where it does not."""
+    if isinstance(pre_processor, TollPreProcessor):
+        return pre_processor.image_size
+    transform = getattr(pre_processor, "transform", None)
+    size = (1, 1) if transform is None else tuple(transform(torch.zeros(1, 3, 1, 1)).shape[-2:])
+    return (256, 256) if size == (1, 1) else size
+
+
+def is_normal(batch: Batch) -> Tensor:
+    """Which images of a batch are not labelled anomalous, shape ``(N,)``."""
+    if batch.gt_label is None:
+        return torch.ones(len(batch.image), dtype=torch.bool, device=batch.image.device)
+    normal: Tensor = batch.gt_label == 0
+    return normal
+
+
+def validation_batches(module: AnomalibModule) -> Iterator[Batch]:
+    """The trainer's validation batches as :meth:`validation_step` would get them."""
+    trainer = module.trainer
+    loaders = trainer.val_dataloaders or []
+    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+    for loader, limit in zip(loaders, trainer.num_val_batches, strict=False):
+        for index, loaded in enumerate(islice(loader, None if limit == math.inf else int(limit))):
+            batch = trainer.strategy.batch_to_device(loaded, module.device)
+            if isinstance(module.pre_processor, PreProcessor):
+                module.pre_processor.on_validation_batch_start(trainer, module, batch, index)
+            yield batch

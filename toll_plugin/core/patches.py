@@ -1,0 +1,257 @@
+"""Feature maps, position by position: one small autoencoder, terms and a score at each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from toll_plugin.core.cache import RowSubset
+from toll_plugin.core.checks import check_finite_float, check_option
+from toll_plugin.core.learners import Rows, cosine_adam
+from toll_plugin.core.networks import DenseAutoencoder
+from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
+from toll_plugin.core.threads import fork_safe
+from toll_plugin.core.training import History, fit, fit_ensemble
+
+__all__ = ["PatchAutoencoder", "StandardisedRows", "enlarge", "fit_patches"]
+
+#: Channels that hardly vary on normal images are not blown up beyond this share of the median
+#: deviation of those that vary: of some backbones most channels are silent.
+_SMALLEST_SCALE = 1e-3
+
+
+class PatchAutoencoder(nn.Module):
+    r"""Targeted collapse at each position of a feature map.
+
+    The features :math:`f_p` of a position :math:`p` are standardised by the mean and deviation that
+    normal images have over all positions, :math:`x_p = (f_p - \mu) / \sigma`, and the network
+    makes :math:`(\hat x_p, z_p)` of them. So loss and score are those of
+    :mod:`toll_plugin.core.objective` with a position in the place of a sample:
+    :math:`s_p = \|x_p - \hat x_p\| + \beta\|z_p\|`.
+
+    Args:
+        network: Module that returns ``(reconstruction, latent)`` of rows ``(N, C)``, with an
+            ``input_shape`` ``(C,)``.
+        loss: The objective.
+        score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"``.
+
+    Attributes:
+        mean: Subtracted from each channel, shape ``(C,)``; see :meth:`standardise_by`.
+        scale: What it is divided by then.
+
+    Shape:
+        Feature maps ``(N, C, H, W)``; scores ``(N, 1, H, W)`` come out.
+
+    Raises:
+        ValueError: If ``score_term`` is unknown.
+
+    Source:
+        arXiv 2306.12627, section 3, applied to positions instead of samples.
+
+    Example:
+        >>> import torch
+        >>> from toll_plugin.core import DenseAutoencoder, TollLoss
+        >>> model = PatchAutoencoder(DenseAutoencoder(8, (16,), 4), TollLoss()).eval()
+        >>> model(torch.rand(2, 8, 5, 6)).shape
+        torch.Size([2, 1, 5, 6])
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, loss: TollLoss, score_term: ScoreTerm = "total") -> None:
+        super().__init__()
+        check_option("score_term", score_term, get_args(ScoreTerm))
+        self.network, self.loss, self.score_term = network, loss, score_term
+        channels = int(network.input_shape[0])  # type: ignore[index]
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels))
+
+    @torch.no_grad()
+    def standardise_by(self, mean: Tensor, deviation: Tensor) -> None:
+        """Set what features are standardised by; if none varies, they are only centred."""
+        self.mean.copy_(mean)
+        varying = deviation[deviation > 0]
+        smallest = _SMALLEST_SCALE * float(varying.median()) if len(varying) else 1.0
+        self.scale.copy_(deviation.clamp_min(max(smallest, 1e-12)))
+
+    def standardise(self, rows: Tensor) -> Tensor:
+        """Rows of features ``(N, C)`` as the network sees them."""
+        return (rows - self.mean) / self.scale
+
+    def terms(self, features: Tensor) -> TollTerms:
+        """Terms of each position, each ``(N, H, W)``."""
+        count, channels, height, width = features.shape
+        rows = self.standardise(features.permute(0, 2, 3, 1).reshape(-1, channels))
+        found = self.loss.terms(rows, *self.network(rows))
+        return TollTerms(*(term.view(count, height, width) for term in found))
+
+    def score_of(self, terms: TollTerms) -> Tensor:
+        """Score of each position ``(N, 1, H, W)`` from its terms."""
+        return self.loss.score(terms, self.score_term)[:, None]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Score of each position."""
+        return self.score_of(self.terms(features))
+
+
+def enlarge(maps: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """Bring maps to the size of an image: bilinear interpolation, then a Gaussian.
+
+    Both act on rows and columns apart, so they are two small matrix products, which cost a
+    fiftieth of a two-dimensional convolution and which every exporter knows.
+
+    Args:
+        maps: Shape ``(N, 1, h, w)``.
+        size: ``(height, width)`` in pixels.
+        sigma: Standard deviation of the Gaussian in pixels; 0 for none.
+
+    Returns:
+        Shape ``(N, 1, height, width)``; a constant map stays constant.
+
+    Example:
+        >>> import torch
+        >>> enlarge(torch.tensor([[[[0.0, 4.0]]]]), (1, 4), 0.0)
+        tensor([[[[0., 1., 3., 4.]]]])
+    """
+    rows, columns = (_enlarging(n, out, sigma, maps) for n, out in zip(maps.shape[-2:], size, strict=True))
+    return rows @ maps @ columns.T
+
+
+def _enlarging(n: int, out: int, sigma: float, like: Tensor) -> Tensor:
+    """Matrix ``(out, n)`` of both steps; its rows add up to 1."""
+    pixel = torch.arange(out, device=like.device, dtype=like.dtype)
+    cell = torch.arange(n, device=like.device, dtype=like.dtype)
+    centre = ((pixel + 0.5) * (n / out) - 0.5).clamp(0, n - 1)
+    matrix = (1 - (centre[:, None] - cell).abs()).relu()
+    if sigma > 0:
+        gaussian = torch.exp(-((pixel[:, None] - pixel) ** 2) / (2 * sigma**2))
+        matrix = gaussian / gaussian.sum(dim=1, keepdim=True) @ matrix
+    return matrix
+
+
+class StandardisedRows:
+    """Rows of features that are standardised when they are fetched.
+
+    Args:
+        rows: Anything that gives raw rows for indices and slices.
+        model: Whose mean and scale apply.
+        device: Where the rows are put.
+    """
+
+    def __init__(self, rows: Rows, model: PatchAutoencoder, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._mean, self._scale = model.mean.cpu(), model.scale.cpu()
+
+    def __len__(self) -> int:
+        """How many rows."""
+        return len(self._rows)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        """The rows at ``index``."""
+        return ((self._rows[index] - self._mean) / self._scale).to(self._device)
+
+
+def fit_patches(
+    model: PatchAutoencoder,
+    rows: Rows,
+    validation: Rows,
+    *,
+    focus: float = 3.0,
+    lr: float = 4e-3,
+    batch_size: int = 512,
+    max_steps: int = 1500,
+    patience: int | None = 20,
+    generator: torch.Generator,
+    progress: bool = False,
+    on_epoch: Callable[[int, list[History]], None] | None = None,
+) -> History:
+    r"""Set what ``model`` standardises by, and train its network in place, on rows of features.
+
+    Most positions of most images show a background that is learnt in a few steps. So rows are drawn
+    (with replacement, once) with a probability in proportion to :math:`\|x_p\|^f`, a power of their
+    distance from the mean position; the same holds for the held-out loss. The learning rate rises
+    over a tenth of the steps and falls to zero along half a cosine.
+
+    Args:
+        model: With a :class:`DenseAutoencoder`, on the CPU trained by its written-out step.
+        rows: Raw features of positions of normal images, at least one, ``(N, C)`` each.
+        validation: The same of held-out images; the weights of the epoch with the lowest loss on
+            them stay.
+        focus: ``f``, at least 0. Default 3; 0 draws all positions alike.
+        lr: Largest learning rate of Adam. Default 4e-3.
+        batch_size: Positions per step. Default 512.
+        max_steps: Steps. Default 1500.
+        patience: Epochs without a lower held-out loss before training stops; ``None`` never stops.
+        generator: Source of the order.
+        progress: Show a bar.
+        on_epoch: See :func:`toll_plugin.core.fit`.
+
+    Returns:
+        The :class:`History`.
+
+    Raises:
+        DivergenceError: If the loss stops being finite.
+        ValueError: If an argument is out of range, or there are no rows.
+    """
+    check_finite_float("focus", focus, minimum=0)
+    for name, given in (("rows", rows), ("validation", validation)):
+        if len(given) == 0:
+            msg = f"{name} must hold at least one row, got none"
+            raise ValueError(msg)
+    model.standardise_by(*_statistics(rows))
+    device = model.mean.device
+
+    def drawn(of: Rows, count: int) -> StandardisedRows:
+        weights = torch.cat([_norms(part) for part in _pieces(StandardisedRows(of, model, torch.device("cpu")))])
+        upto = (weights / weights.max().clamp_min(_TINY)).pow(focus).add(_TINY).cumsum(0)
+        index = torch.searchsorted(upto, torch.rand(count, generator=generator, dtype=torch.float64) * upto[-1])
+        return StandardisedRows(RowSubset(of, index.clamp_max(len(of) - 1)), model, device)
+
+    arguments: dict[str, Any] = {
+        "validation": drawn(validation, min(len(validation), _HELD_OUT)),
+        "optimizer": cosine_adam(lr, max_steps),
+        "batch_size": batch_size,
+        "max_epochs": None,
+        "max_steps": max_steps,
+        "patience": patience,
+        "generator": generator,
+        "progress": progress,
+        "on_epoch": on_epoch,
+    }
+    training_rows = drawn(rows, len(rows))
+    with fork_safe():
+        if isinstance(model.network, DenseAutoencoder) and device.type == "cpu":
+            return fit_ensemble([model.network], training_rows, model.loss, **arguments)[0]
+        return fit(model.network, training_rows, model.loss, **arguments)
+
+
+#: Rows that suffice to measure the held-out loss.
+_HELD_OUT = 20_000
+#: Rows per pass over all.
+_PIECE = 16_384
+_TINY = 1e-12
+
+
+def _pieces(rows: Rows) -> Iterator[Tensor]:
+    return (rows[slice(start, start + _PIECE)] for start in range(0, len(rows), _PIECE))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms
+
+
+def _statistics(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, from the deviations from the first piece's mean."""
+    origin = rows[slice(0, _PIECE)].double().mean(dim=0)
+    total, squares = torch.zeros_like(origin), torch.zeros_like(origin)
+    for part in _pieces(rows):
+        moved = part.double() - origin
+        total += moved.sum(dim=0)
+        squares += moved.square().sum(dim=0)
+    mean = total / len(rows)
+    return origin + mean, (squares / len(rows) - mean.square()).clamp_min(0).sqrt()
