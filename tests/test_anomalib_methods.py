@@ -152,7 +152,7 @@ def test_patchcores_bank_has_a_bound(fitted):
 
     # 64x64 pixels are 8x8 patches: 16 images have 1024.
     assert len(fitted["PatchCore"]._model.model.memory_bank) == 102
-    large = MODELS["PatchCore"].arguments(Task((64, 64), 6000, 1, "resnet18", 0))
+    large = MODELS["PatchCore"].arguments(Task((64, 64), 6000, 1, "resnet18", None, False, seed=0))
     assert large["coreset_sampling_ratio"] == PATCHES / 384000
     detector = EngineDetector("PatchCore", RANDOM, 0, coreset_sampling_ratio=0.05)
     detector.fit(_split())
@@ -166,24 +166,31 @@ def _refuse(*_, **__):
     raise OSError(msg)
 
 
+def _with_weights(detector):
+    """A model as its fit begins: PatchToll's backbone has its weights only then."""
+    model = detector._build(_split().train)
+    model.on_fit_start()
+    return model
+
+
 @pytest.mark.parametrize("name", NEEDS_BACKBONE)
 def test_random_weights_only_where_asked_for(name, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: (_refuse if k.get("pretrained") else create)(*a, **k))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", _refuse)
     detector = EngineDetector(name, RANDOM, 0)
-    detector._model = detector._build(_split().train)
+    detector._model = _with_weights(detector)
     assert detector.facts()["pretrained"] == "random"
     assert detector.facts()["backbone"] == "resnet18"
     with pytest.raises(OSError, match="a download"):
-        EngineDetector(name, Budget(), 0)._build(_split().train)
+        _with_weights(EngineDetector(name, Budget(), 0))
 
 
 @pytest.mark.parametrize("name", NEEDS_BACKBONE)
 def test_local_weights(name, weights, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", _refuse)
     detector = EngineDetector(name, Budget(weights=weights), 0)
-    detector._model = detector._build(_split().train)
+    detector._model = _with_weights(detector)
     assert detector.facts()["pretrained"] == "imagenet, local file"
     given, held = torch.load(weights), [module.state_dict() for module in detector._model.modules()]
     backbones = [state for state in held if "conv1.weight" in state and set(state) <= set(given)]
@@ -240,7 +247,7 @@ def test_epochs():
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match=r"name must be one of Toll, PatchCore, .*, got 'Patchcore'"):
+    with pytest.raises(ValueError, match=r"name must be one of Toll, PatchToll, PatchCore, .*, got 'Patchcore'"):
         EngineDetector("Patchcore", RANDOM, 0)
     with pytest.raises(TypeError, match=r"arguments of PaDiM must be among backbone, .*, got depth"):
         EngineDetector("PaDiM", RANDOM, 0, depth=3)
