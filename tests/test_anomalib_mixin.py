@@ -443,7 +443,8 @@ def test_steps_that_call_each_other_add_the_term_once():
         ("Patchflow", "a flow's likelihood already pulls"),
         ("Dsr", "no norm can shrink"),
         ("WinClip", "it is not trained"),
-        ("Toll", "Toll has the term already, see its beta"),
+        ("Toll", "it has the term already, see its argument beta"),
+        ("PatchToll", "it has the term already, see its argument beta"),
     ],
 )
 def test_hosts_that_cannot_take_the_term_are_refused_before_they_are_built(name, reason):

@@ -173,6 +173,19 @@ def test_predictions_of_scores_by_hand():
     assert found.anomaly_map.flatten(1).tolist() == [[1.0, 1.5, 2.5, 3.0], [8.0, 6.0, 2.0, 0.0]]
 
 
+def test_half_precision_serves_the_backbone_only():
+    model = _model().eval()
+    model.is_fitted.fill_(True)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = model.embed(images)
+        found = model(images)
+    with torch.no_grad():
+        expected = model.predict(model.patches(features.float()), (32, 32))
+    assert found.anomaly_map.dtype is found.pred_score.dtype is torch.float32
+    assert torch.equal(found.anomaly_map, expected.anomaly_map)
+
+
 def test_it_refuses_to_predict_before_it_is_fitted():
     model, images = _model().eval(), torch.zeros(1, 3, 8, 8)
     with pytest.raises(NotFittedError, match="not fitted yet: train it, or load a checkpoint"):
@@ -563,6 +576,14 @@ def test_a_checkpoint_names_the_kind():
     holder = _Holder(PostProcessor())
     restore_components(holder, checkpoint)
     assert type(holder.post_processor) is QuantilePostProcessor
+
+
+@pytest.mark.parametrize("maps", [torch.empty(0, 1, 2, 2), torch.tensor([[[[1.0, math.nan]]]])])
+def test_thresholds_need_finite_maps(maps):
+    post_processor = _calibrated([1.0, 2.0], 0.9)
+    with pytest.raises(ValueError, match="maps must be those of at least one image and finite"):
+        post_processor.calibrate(maps)
+    assert post_processor.image_threshold == 2
 
 
 @pytest.mark.parametrize(

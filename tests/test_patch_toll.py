@@ -406,6 +406,7 @@ def test_images_of_several_sizes_are_refused_without_a_pre_processor(tmp_path):
         ({"neighbourhood": 2}, ValueError, "neighbourhood must be odd, got 2"),
         ({"quantile": 1.5}, ValueError, "quantile must be in"),
         ({"quantile": 0}, ValueError, "quantile must be finite and > 0"),
+        ({"quantile": 0.9, "post_processor": False}, ValueError, "quantile must be left out where post_processor"),
         ({"beta": -1}, ValueError, "beta must be finite and >= 0"),
         ({"exponent": 3}, ValueError, "exponent must be one of 1, 2"),
         ({"score_term": "both"}, ValueError, "score_term must be one of"),

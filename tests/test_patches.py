@@ -589,17 +589,21 @@ def test_few_rows(n, held_out):
     [
         ({"focus": -1.0}, ValueError, "focus must be finite and >= 0, got -1"),
         ({"focus": math.inf}, ValueError, "focus must be finite"),
-        ({"lr": 0.0}, ValueError, "lr must be finite and > 0"),
-        ({"max_steps": 0}, ValueError, "steps must be at least 1"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"patience": 0}, ValueError, "patience must be at least 1"),
+        ({"lr": 0}, ValueError, "lr must be finite and > 0, got 0"),
+        ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+        ({"batch_size": 1}, ValueError, "batch_size must be at least 2, got 1"),
+        ({"patience": 0}, ValueError, "patience must be at least 1, got 0"),
+        ({"max_steps": 1.5}, TypeError, "max_steps must be an integer, got 1.5"),
         ({"rows": ROWS[:0]}, ValueError, "rows must hold at least one row, got none"),
-        ({"held_out": ROWS[:0]}, ValueError, "validation must hold at least one row, got none"),
+        ({"validation": ROWS[:0]}, ValueError, "validation must hold at least one row, got none"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, error, message):
+def test_bad_arguments_leave_a_fitted_model_as_it_was(arguments, error, message):
+    model, _ = _fitted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(error, match=message):
-        _fitted(**arguments)
+        fit_patches(model, **{"rows": ROWS, "validation": HELD_OUT, "generator": _generator()} | arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # --- the learning rate

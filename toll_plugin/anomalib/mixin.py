@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from toll_plugin.anomalib.lightning_model import Toll
+from toll_plugin.anomalib.patch_toll import PatchToll
 from toll_plugin.core.checks import check_integer
 from toll_plugin.core.penalty import COLLAPSE_ARGUMENTS, Collapsing, Pool
 from toll_plugin.core.threads import is_this_thread, this_thread
@@ -282,8 +283,8 @@ def _add(result: Any, term: Callable[[], Tensor]) -> Any:
 
 def _refuse(kind: type) -> None:
     host_step = getattr(super(TargetedCollapseMixin, kind), "training_step", None)
-    if issubclass(kind, Toll):
-        reason = "Toll has the term already, see its beta"
+    if issubclass(kind, Toll | PatchToll):
+        reason = "it has the term already, see its argument beta"
     elif issubclass(kind, MemoryBankMixin):
         reason = "it remembers features of a frozen network, so there is no latent to train"
     elif issubclass(kind, _FLOWS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ class PatchTollModel(nn.Module):
         if not torch.compiler.is_compiling() and not bool(self.is_fitted):
             msg = "this PatchToll is not fitted yet: train it, or load a checkpoint"
             raise NotFittedError(msg)
-        return self.predict(self.patches(self.embed(images, names)), (images.shape[-2], images.shape[-1]))
+        features = self.embed(images, names).to(self.patches.mean.dtype)
+        with _no_autocast(features):
+            return self.predict(self.patches(features), (images.shape[-2], images.shape[-1]))
 
     def predict(self, scores: Tensor, size: tuple[int, int]) -> InferenceBatch:
         """Score and anomaly map of images of ``size`` from the scores of their positions."""
@@ -93,6 +96,12 @@ class PatchTollModel(nn.Module):
         if tuple(features.shape[-2:]) == grid:
             return features
         return functional.interpolate(features, grid, mode="bilinear", align_corners=False)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Where half precision was asked for it serves the backbone: eight bits would tie scores and move the threshold."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _check(x: Tensor, names: Sequence[str] | None) -> None:

@@ -38,6 +38,7 @@ _logger = logging.getLogger(__name__)
 _HELD_OUT = 0.2
 #: One is held out, one trained on.
 _FEWEST = 2
+_QUANTILE = 0.99
 
 
 class PatchToll(Verbs, AnomalibModule):
@@ -125,7 +126,7 @@ class PatchToll(Verbs, AnomalibModule):
         batch_size: int = 512,
         max_steps: int = 1500,
         patience: int | None = 20,
-        quantile: float = 0.99,
+        quantile: float = _QUANTILE,
         passes: int = 1,
         cache_limit: float = 2e9,
         seed: int | None = None,
@@ -162,6 +163,9 @@ class PatchToll(Verbs, AnomalibModule):
             pre_processor = TollPreProcessor(image_size, "imagenet")
         if post_processor is True:
             post_processor = QuantilePostProcessor(quantile)
+        elif quantile != _QUANTILE:
+            msg = f"quantile must be left out where post_processor is passed, which has its own rule, got {quantile!r}"
+            raise ValueError(msg)
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,

@@ -147,7 +147,13 @@ class QuantilePostProcessor(TollPostProcessor):
         """Set thresholds and ranges from the anomaly maps ``(N, 1, H, W)`` of N held-out normal images.
 
         A score has to be its map's maximum, so map and score have one threshold and one range.
+
+        Raises:
+            ValueError: If there are no maps, or they are not finite.
         """
+        if len(maps) == 0 or not bool(maps.isfinite().all()):
+            msg = f"maps must be those of at least one image and finite, got shape {tuple(maps.shape)}"
+            raise ValueError(msg)
         scores = maps.flatten(1).amax(dim=1).sort().values
         rank = min(max(math.ceil((len(scores) + 1) * self.quantile - 1e-9), 1), len(scores))
         for threshold, low, high in (

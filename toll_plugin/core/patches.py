@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from toll_plugin.core.cache import RowSubset
-from toll_plugin.core.checks import check_finite_float, check_option
+from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.learners import Rows, cosine_adam
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
@@ -195,9 +195,15 @@ def fit_patches(
 
     Raises:
         DivergenceError: If the loss stops being finite.
-        ValueError: If an argument is out of range, or there are no rows.
+        TypeError: If an argument has the wrong type.
+        ValueError: If it is out of range, or there are no rows.
     """
     check_finite_float("focus", focus, minimum=0)
+    check_finite_float("lr", lr, minimum=0, exclusive=True)
+    check_integer("max_steps", max_steps, minimum=1)
+    check_integer("batch_size", batch_size, minimum=2)
+    if patience is not None:
+        check_integer("patience", patience, minimum=1)
     for name, given in (("rows", rows), ("validation", validation)):
         if len(given) == 0:
             msg = f"{name} must hold at least one row, got none"
