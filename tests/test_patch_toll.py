@@ -273,6 +273,7 @@ def test_map_and_score_by_hand(mvtec_root, tmp_path, term):
     images = torch.rand(2, 3, 64, 96)
     found, features, patches = model.model(images), model.model.embed(images), model.model.patches
     x = (features - patches.mean[:, None, None]) / patches.scale[:, None, None]
+    x = torch.einsum("nchw,ck->nkhw", x, patches.components)
     grid = torch.empty(2, 1, 8, 12)
     with torch.no_grad():
         for n in range(2):

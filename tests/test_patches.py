@@ -21,7 +21,7 @@ from toll_plugin.core import Autoencoder, DenseAutoencoder, DivergenceError, Pat
 from toll_plugin.core import patches as module
 from toll_plugin.core.cache import RowCache, RowSubset
 from toll_plugin.core.learners import cosine_adam
-from toll_plugin.core.patches import StandardisedRows, enlarge
+from toll_plugin.core.patches import PreparedRows, enlarge
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -117,6 +117,46 @@ def test_silent_channels_do_not_drown_the_others():
     history = fit_patches(model, rows, held_out, max_steps=20, batch_size=64, generator=_generator())
     # Divided by 1e-12 the held-out rows would lie 1e8 from the mean, and their loss would be 1e16.
     assert max(history.validation) < 100
+
+
+def test_score_by_hand_of_projected_channels():
+    model = PatchAutoencoder(_Halves(), TollLoss(10.0), channels=4)
+    model.standardise_by(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.ones(4))
+    # Most spread along the last channel, then the third and the first: those three are kept.
+    model.project_on(torch.diag(torch.tensor([2.0, 1.0, 3.0, 4.0])))
+    kept = model.components.abs()
+    torch.testing.assert_close(kept, torch.eye(4)[:, [3, 2, 0]])
+    # x = (0, 0, 2) up to signs: the residual is half of it, the latent, of the first two, 0.
+    assert model(torch.tensor([3.0, 5.0, 0.0, 0.0]).view(1, 4, 1, 1)).item() == pytest.approx(1)
+
+
+def test_components_are_numpys_of_the_rows_that_are_drawn():
+    rows = torch.randn(500, 6, generator=_generator()) @ torch.randn(6, 6, generator=_generator(1))
+    rows[::50] *= 30  # what a large focus draws almost alone
+    model = PatchAutoencoder(DenseAutoencoder(2, (8,), 1), TollLoss(), channels=6)
+    fit_patches(model, rows, rows, focus=8.0, max_steps=2, generator=_generator())
+    torch.testing.assert_close(model.components.T @ model.components, torch.eye(2), rtol=0, atol=1e-5)
+    standardised = ((rows - rows.mean(0)) / rows.std(0, correction=0)).double().numpy()
+    weights = (standardised**2).sum(1) ** 4
+    values = np.linalg.svd(standardised * np.sqrt(weights / weights.sum())[:, None], compute_uv=False)
+    spread = ((standardised @ model.components.double().numpy()) ** 2).sum(1) @ weights / weights.sum()
+    assert spread == pytest.approx((values[:2] ** 2).sum(), rel=0.02)  # the rows are drawn, so not exactly
+    plain = np.linalg.svd(standardised)[2][:2].T
+    assert ((standardised @ plain) ** 2).sum(1) @ weights / weights.sum() < 0.95 * spread
+
+
+def test_components_travel_with_the_weights():
+    model, twin = (PatchAutoencoder(DenseAutoencoder(2, (8,), 1), TollLoss(), channels=4) for _ in range(2))
+    fit_patches(model, ROWS, HELD_OUT, max_steps=2, generator=_generator())
+    twin.load_state_dict(model.state_dict())
+    features = torch.randn(1, 4, 2, 2)
+    torch.testing.assert_close(twin.eval()(features), model.eval()(features))
+
+
+def test_fewer_channels_than_the_network_takes():
+    with pytest.raises(ValueError, match="channels must be at least 4, got 3"):
+        PatchAutoencoder(DenseAutoencoder(4, (8,), 2), TollLoss(), channels=3)
+    assert _patches().components is None
 
 
 def test_nothing_varies():
@@ -317,13 +357,20 @@ def test_a_subset_is_indexed_by_its_own_positions(limit):
     assert subset[slice(0, 0)].shape == (0, 3)
 
 
-def test_standardised_rows_are_the_models():
-    model = _patches()
-    model.standardise_by(torch.arange(4.0), torch.arange(1.0, 5.0))
-    rows = StandardisedRows(ROWS, model, torch.device("cpu"))
-    assert len(rows) == len(ROWS)
-    torch.testing.assert_close(rows[slice(5, 9)], model.standardise(ROWS[5:9]))
-    torch.testing.assert_close(rows[torch.tensor([2, 0])], model.standardise(ROWS[[2, 0]]))
+@pytest.mark.parametrize("channels", [4, 6])
+def test_prepared_rows_are_what_the_network_sees(channels):
+    model = PatchAutoencoder(DenseAutoencoder(4, (8,), 2), TollLoss(), channels=channels)
+    raw = torch.randn(20, channels, generator=_generator())
+    mean, deviation = torch.arange(float(channels)), torch.arange(1.0, channels + 1)
+    model.standardise_by(mean, deviation)
+    model.project_on(raw)
+    standardised = (raw - mean) / deviation
+    expected = standardised if channels == 4 else standardised @ model.components
+    rows, plain = PreparedRows(raw, model), PreparedRows(raw, model, project=False)
+    assert len(rows) == 20
+    torch.testing.assert_close(rows[slice(5, 9)], expected[5:9])
+    torch.testing.assert_close(rows[torch.tensor([2, 0])], expected[[2, 0]])
+    torch.testing.assert_close(plain[slice(None)], standardised)
 
 
 # --- statistics
@@ -446,7 +493,7 @@ def test_any_table_is_fitted_with_finite_numbers(n, scale, offset, focus, seed):
 
 
 def test_some_of_the_held_out_rows_suffice(monkeypatch):
-    monkeypatch.setattr(module, "_HELD_OUT", 25)
+    monkeypatch.setattr(module, "_ENOUGH", 25)
     recorded = _Recorded(HELD_OUT)
     fit_patches(_patches(), ROWS, recorded, max_steps=1, generator=_generator())
     assert len(torch.cat(recorded.fetched)) == 25

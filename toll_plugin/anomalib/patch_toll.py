@@ -44,10 +44,11 @@ _QUANTILE = 0.99
 class PatchToll(Verbs, AnomalibModule):
     r"""Targeted collapse on the features of a frozen pretrained backbone, position by position.
 
-    One pass over the normal training images computes their features, which are kept; then a small
-    autoencoder learns them, :math:`\frac1P\sum_p \|x_p - \hat x_p\|^2 + \beta\|z_p\|^2` over
-    standardised positions p. The same sum at each position, enlarged and smoothed, is the anomaly
-    map, and its maximum the score: no memory bank is searched.
+    One pass over the normal training images computes their features, which are kept, standardised and
+    projected on their leading principal components. Then a small autoencoder learns them,
+    :math:`\frac1P\sum_p \|x_p - \hat x_p\|^2 + \beta\|z_p\|^2` over positions p. The same sum at
+    each position, enlarged and smoothed, is the anomaly map, and its maximum the score: no memory
+    bank is searched.
 
     No anomaly is used in training. Held-out normal images choose the epoch and, by ``quantile``,
     the threshold: those of the validation split where all its images are normal, else a fifth of
@@ -61,6 +62,8 @@ class PatchToll(Verbs, AnomalibModule):
         pre_trained: False trains on a random backbone, which detects little. Default true.
         image_size: ``(height, width)`` in pixels the image is resized to, or one integer.
             Default: that of a ``pre_processor`` you pass, else 256. More detail needs more pixels.
+        n_components: Principal components of the features that are kept, at most as many as the layers
+            have channels. Default 192.
         hidden_size: Width of the hidden layer of encoder and decoder. Default 1024.
         latent_dim: Length of the latent of a position. Default 32.
         beta: Weight of the latent norm, at least 0. Default 1.
@@ -102,8 +105,8 @@ class PatchToll(Verbs, AnomalibModule):
 
     Example:
         >>> model = PatchToll(image_size=64, pre_trained=False, seed=0)
-        >>> model.model.patches.network.input_shape  # 64, 128 and 256 channels of the three layers
-        (448,)
+        >>> model.model.patches.components.shape  # 64, 128 and 256 channels of the three layers
+        torch.Size([448, 192])
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class PatchToll(Verbs, AnomalibModule):
         weights_path: str | None = None,
         pre_trained: bool = True,
         image_size: int | tuple[int, int] | None = None,
+        n_components: int = 192,
         hidden_size: int = 1024,
         latent_dim: int = 32,
         beta: float = 1.0,
@@ -139,6 +143,7 @@ class PatchToll(Verbs, AnomalibModule):
         # load under weights_only: numbers are made Python's own, and modules are taken out.
         layers = _layers(layers)
         weights_path = None if weights_path is None else str(weights_path)
+        n_components = check_integer("n_components", n_components, minimum=1)
         hidden_size = check_integer("hidden_size", hidden_size, minimum=1)
         latent_dim = check_integer("latent_dim", latent_dim, minimum=1)
         beta = check_finite_float("beta", beta, minimum=0)
@@ -180,11 +185,11 @@ class PatchToll(Verbs, AnomalibModule):
         self._image_size = image_size
         extractor = _extractor(backbone, layers, seed)
         self._network = {
-            "n_features": sum(extractor.out_dims),
+            "n_features": min(n_components, sum(extractor.out_dims)),
             "hidden_sizes": (hidden_size,),
             "latent_dim": latent_dim,
         }
-        self._objective = (TollLoss(beta, exponent=exponent), score_term)
+        self._objective = (TollLoss(beta, exponent=exponent), score_term, sum(extractor.out_dims))
         patches = self._new_patches(torch.Generator().manual_seed(seed or 0))
         self.model: PatchTollModel = PatchTollModel(extractor, patches, neighbourhood, stride, sigma)
         self._pretrained_is_there = False
@@ -337,7 +342,8 @@ class PatchToll(Verbs, AnomalibModule):
                 rows = held_out[slice(start, start + height * width)].to(self.device)
                 terms = patches.terms(rows.T.reshape(1, -1, height, width))
                 of_rows = TollTerms(*(term.flatten() for term in terms))
-                monitor.update(patches.standardise(rows), of_rows, exponent=patches.loss.exponent)
+                seen = patches.project(patches.standardise(rows))
+                monitor.update(seen, of_rows, exponent=patches.loss.exponent)
                 maps.append(self.model.predict(patches.score_of(terms), self._size).anomaly_map)
         if isinstance(self.post_processor, QuantilePostProcessor):
             self.post_processor.calibrate(torch.cat(maps))

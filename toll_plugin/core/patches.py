@@ -16,7 +16,7 @@ from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
 from toll_plugin.core.threads import fork_safe
 from toll_plugin.core.training import History, fit, fit_ensemble
 
-__all__ = ["PatchAutoencoder", "StandardisedRows", "enlarge", "fit_patches"]
+__all__ = ["PatchAutoencoder", "PreparedRows", "enlarge", "fit_patches"]
 
 #: Channels that hardly vary on normal images are not blown up beyond this share of the median
 #: deviation of those that vary: of some backbones most channels are silent.
@@ -27,26 +27,30 @@ class PatchAutoencoder(nn.Module):
     r"""Targeted collapse at each position of a feature map.
 
     The features :math:`f_p` of a position :math:`p` are standardised by the mean and deviation that
-    normal images have over all positions, :math:`x_p = (f_p - \mu) / \sigma`, and the network
-    makes :math:`(\hat x_p, z_p)` of them. So loss and score are those of
+    normal images have over all positions, and where the network takes fewer numbers than there are
+    channels, projected on their leading principal components: :math:`x_p = ((f_p - \mu) / \sigma) V`.
+    The network makes :math:`(\hat x_p, z_p)` of them. So loss and score are those of
     :mod:`toll_plugin.core.objective` with a position in the place of a sample:
     :math:`s_p = \|x_p - \hat x_p\| + \beta\|z_p\|`.
 
     Args:
-        network: Module that returns ``(reconstruction, latent)`` of rows ``(N, C)``, with an
-            ``input_shape`` ``(C,)``.
+        network: Module that returns ``(reconstruction, latent)`` of rows ``(N, K)``, with an
+            ``input_shape`` ``(K,)``.
         loss: The objective.
         score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"``.
+        channels: C, at least K. Default K, and nothing is projected.
 
     Attributes:
         mean: Subtracted from each channel, shape ``(C,)``; see :meth:`standardise_by`.
         scale: What it is divided by then.
+        components: V, shape ``(C, K)``, or ``None`` if nothing is projected; see :meth:`project_on`.
 
     Shape:
         Feature maps ``(N, C, H, W)``; scores ``(N, 1, H, W)`` come out.
 
     Raises:
-        ValueError: If ``score_term`` is unknown.
+        TypeError: If ``channels`` is no integer.
+        ValueError: If ``score_term`` is unknown, or ``channels`` below K.
 
     Source:
         arXiv 2306.12627, section 3, applied to positions instead of samples.
@@ -61,14 +65,19 @@ class PatchAutoencoder(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    components: Tensor | None
 
-    def __init__(self, network: nn.Module, loss: TollLoss, score_term: ScoreTerm = "total") -> None:
+    def __init__(
+        self, network: nn.Module, loss: TollLoss, score_term: ScoreTerm = "total", channels: int | None = None
+    ) -> None:
         super().__init__()
         check_option("score_term", score_term, get_args(ScoreTerm))
         self.network, self.loss, self.score_term = network, loss, score_term
-        channels = int(network.input_shape[0])  # type: ignore[index]
+        width = int(network.input_shape[0])  # type: ignore[index]
+        channels = width if channels is None else check_integer("channels", channels, minimum=width)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("components", torch.eye(channels, width) if width < channels else None)
 
     @torch.no_grad()
     def standardise_by(self, mean: Tensor, deviation: Tensor) -> None:
@@ -78,14 +87,26 @@ class PatchAutoencoder(nn.Module):
         smallest = _SMALLEST_SCALE * float(varying.median()) if len(varying) else 1.0
         self.scale.copy_(deviation.clamp_min(max(smallest, 1e-12)))
 
+    @torch.no_grad()
+    def project_on(self, rows: Tensor) -> None:
+        """Set the principal components to those of standardised rows ``(N, C)``, about their origin."""
+        if self.components is not None:
+            rows = rows.double()
+            directions = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)
+            self.components.copy_(directions[:, : self.components.shape[1]])
+
     def standardise(self, rows: Tensor) -> Tensor:
-        """Rows of features ``(N, C)`` as the network sees them."""
+        """Rows of features ``(N, C)`` with each channel standardised."""
         return (rows - self.mean) / self.scale
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Standardised rows ``(N, C)`` as the network sees them, ``(N, K)``."""
+        return rows if self.components is None else rows @ self.components
 
     def terms(self, features: Tensor) -> TollTerms:
         """Terms of each position, each ``(N, H, W)``."""
         count, channels, height, width = features.shape
-        rows = self.standardise(features.permute(0, 2, 3, 1).reshape(-1, channels))
+        rows = self.project(self.standardise(features.permute(0, 2, 3, 1).reshape(-1, channels)))
         found = self.loss.terms(rows, *self.network(rows))
         return TollTerms(*(term.view(count, height, width) for term in found))
 
@@ -133,26 +154,27 @@ def _enlarging(n: int, out: int, sigma: float, like: Tensor) -> Tensor:
     return matrix
 
 
-class StandardisedRows:
-    """Rows of features that are standardised when they are fetched.
+class PreparedRows:
+    """Rows of features that are made what the network sees when they are fetched.
 
     Args:
         rows: Anything that gives raw rows for indices and slices.
-        model: Whose mean and scale apply.
-        device: Where the rows are put.
+        model: Which standardises and projects them, on its device.
+        project: False only standardises them.
     """
 
-    def __init__(self, rows: Rows, model: PatchAutoencoder, device: torch.device) -> None:
-        self._rows, self._device = rows, device
-        self._mean, self._scale = model.mean.cpu(), model.scale.cpu()
+    def __init__(self, rows: Rows, model: PatchAutoencoder, *, project: bool = True) -> None:
+        self._rows, self._model, self._project = rows, model, project
 
     def __len__(self) -> int:
         """How many rows."""
         return len(self._rows)
 
+    @torch.no_grad()
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """The rows at ``index``."""
-        return ((self._rows[index] - self._mean) / self._scale).to(self._device)
+        rows = self._model.standardise(self._rows[index].to(self._model.mean.device))
+        return self._model.project(rows) if self._project else rows
 
 
 def fit_patches(
@@ -169,12 +191,12 @@ def fit_patches(
     progress: bool = False,
     on_epoch: Callable[[int, list[History]], None] | None = None,
 ) -> History:
-    r"""Set what ``model`` standardises by, and train its network in place, on rows of features.
+    r"""Set what ``model`` standardises by and projects on, and train its network in place, on rows of features.
 
     Most positions of most images show a background that is learnt in a few steps. So rows are drawn
     (with replacement, once) with a probability in proportion to :math:`\|x_p\|^f`, a power of their
-    distance from the mean position; the same holds for the held-out loss. The learning rate rises
-    over a tenth of the steps and falls to zero along half a cosine.
+    distance from the mean position; the same holds for the held-out loss and the principal
+    components. The learning rate rises over a tenth of the steps and falls to zero along half a cosine.
 
     Args:
         model: With a :class:`DenseAutoencoder`, on the CPU trained by its written-out step.
@@ -209,16 +231,19 @@ def fit_patches(
             msg = f"{name} must hold at least one row, got none"
             raise ValueError(msg)
     model.standardise_by(*_statistics(rows))
-    device = model.mean.device
 
-    def drawn(of: Rows, count: int) -> StandardisedRows:
-        weights = torch.cat([_norms(part) for part in _pieces(StandardisedRows(of, model, torch.device("cpu")))])
+    def drawn(of: Rows, count: int) -> Tensor:
+        weights = torch.cat([_norms(part) for part in _pieces(PreparedRows(of, model, project=False))])
         upto = (weights / weights.max().clamp_min(_TINY)).pow(focus).add(_TINY).cumsum(0)
         index = torch.searchsorted(upto, torch.rand(count, generator=generator, dtype=torch.float64) * upto[-1])
-        return StandardisedRows(RowSubset(of, index.clamp_max(len(of) - 1)), model, device)
+        return index.clamp_max(len(of) - 1)
 
+    held_out = drawn(validation, min(len(validation), _ENOUGH))
+    order = drawn(rows, len(rows))
+    if model.components is not None:
+        model.project_on(PreparedRows(rows, model, project=False)[order[:_ENOUGH]])
     arguments: dict[str, Any] = {
-        "validation": drawn(validation, min(len(validation), _HELD_OUT)),
+        "validation": PreparedRows(RowSubset(validation, held_out), model),
         "optimizer": cosine_adam(lr, max_steps),
         "batch_size": batch_size,
         "max_epochs": None,
@@ -228,15 +253,15 @@ def fit_patches(
         "progress": progress,
         "on_epoch": on_epoch,
     }
-    training_rows = drawn(rows, len(rows))
+    training_rows = PreparedRows(RowSubset(rows, order), model)
     with fork_safe():
-        if isinstance(model.network, DenseAutoencoder) and device.type == "cpu":
+        if isinstance(model.network, DenseAutoencoder) and model.mean.device.type == "cpu":
             return fit_ensemble([model.network], training_rows, model.loss, **arguments)[0]
         return fit(model.network, training_rows, model.loss, **arguments)
 
 
-#: Rows that suffice to measure the held-out loss.
-_HELD_OUT = 20_000
+#: Rows that suffice to measure the held-out loss, and to find the principal components.
+_ENOUGH = 20_000
 #: Rows per pass over all.
 _PIECE = 16_384
 _TINY = 1e-12
@@ -248,7 +273,7 @@ def _pieces(rows: Rows) -> Iterator[Tensor]:
 
 def _norms(rows: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms
+    return norms.cpu()
 
 
 def _statistics(rows: Rows) -> tuple[Tensor, Tensor]:
