@@ -74,7 +74,7 @@ class PatchToll(Verbs, AnomalibModule):
             interpolated. Default 8.
         sigma: Standard deviation of the map's smoothing, in pixels. Default 4.
         focus: Power of a position's distance from the mean position in proportion to which it is
-            drawn for training; 0 draws all alike, backgrounds mostly. Default 3.
+            drawn for training; 0 draws all alike, backgrounds mostly. Default 4.
         lr: Largest learning rate of Adam. Default 4e-3.
         batch_size: Positions per step. Default 512.
         max_steps: Steps. Default 1500.
@@ -125,7 +125,7 @@ class PatchToll(Verbs, AnomalibModule):
         neighbourhood: int = 3,
         stride: int = 8,
         sigma: float = 4.0,
-        focus: float = 3.0,
+        focus: float = 4.0,
         lr: float = 4e-3,
         batch_size: int = 512,
         max_steps: int = 1500,

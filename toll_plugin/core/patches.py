@@ -182,7 +182,7 @@ def fit_patches(
     rows: Rows,
     validation: Rows,
     *,
-    focus: float = 3.0,
+    focus: float = 4.0,
     lr: float = 4e-3,
     batch_size: int = 512,
     max_steps: int = 1500,
@@ -203,7 +203,7 @@ def fit_patches(
         rows: Raw features of positions of normal images, at least one, ``(N, C)`` each.
         validation: The same of held-out images; the weights of the epoch with the lowest loss on
             them stay.
-        focus: ``f``, at least 0. Default 3; 0 draws all positions alike.
+        focus: ``f``, at least 0. Default 4; 0 draws all positions alike.
         lr: Largest learning rate of Adam. Default 4e-3.
         batch_size: Positions per step. Default 512.
         max_steps: Steps. Default 1500.
