@@ -1,0 +1,46 @@
+"""What the benchmark of inspection measures are models of the right size; the README's test runs it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.deployment import LAYERS, _features, _interleaved, _model
+
+COMPONENTS, CHANNELS, HIDDEN, LATENT = 192, 64 + 128 + 256, 1024, 32
+
+
+def _bytes(model):
+    return sum(value.nbytes for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("bank", [32, 320])
+def test_sizes_of_patchcore_by_hand(bank):
+    alone = _bytes(_features("resnet18", LAYERS["PatchCore"]))
+    # A patch is 128 + 256 numbers in 4 bytes; a Gaussian of 33 x 33 pixels smooths the map.
+    assert _bytes(_model("PatchCore", "resnet18", 64, bank)) - alone == bank * 384 * 4 + 33 * 33 * 4
+
+
+def test_size_of_patchtoll_by_hand():
+    alone = _bytes(_features("resnet18", LAYERS["PatchToll"]))
+    weights = 2 * (COMPONENTS * HIDDEN + HIDDEN * LATENT) + 2 * HIDDEN + LATENT + COMPONENTS
+    norms = 2 * 4 * HIDDEN  # two BatchNorms: weight, bias, mean and variance
+    standardisation = 2 * CHANNELS + CHANNELS * COMPONENTS
+    expected = 4 * (weights + norms + standardisation)
+    assert _bytes(_model("PatchToll", "resnet18", 64, 0)) - alone == pytest.approx(expected, rel=0.005)
+
+
+def test_models_score_and_are_timed_in_turns():
+    image, order = torch.rand(1, 3, 64, 64), []
+
+    def calling(name, model):
+        def call():
+            order.append(name)
+            model(image)
+
+        return call
+
+    calls = [calling(name, _model(name, "resnet18", 64, 10)) for name in LAYERS]
+    taken = _interleaved(calls, 3)
+    assert order == [*LAYERS] * 4  # the first round warms up
+    assert min(taken) > 0
