@@ -33,7 +33,7 @@ def evaluate(
         split: The data.
         seed: Of the anomalies that are drawn for ``rates``.
         rates: Shares of anomalies in the test part to draw down to, besides its own.
-        examples: Heat maps to keep, of the test part's first anomalies.
+        examples: Heat maps to keep, of anomalies evenly from first to last of the test part.
 
     Raises:
         FloatingPointError: If a score is not a number.
@@ -158,10 +158,13 @@ def _histogram(anomalous: np.ndarray, norms: np.ndarray | None, bins: int = 40) 
 
 
 def _examples(split: Split, found: Scored, count: int, side: int = 96) -> list[dict[str, Any]]:
-    """The first anomalies with the first normal image after them: image, map on the scale of all maps, mask."""
+    """Anomalies from the whole test set, and one normal image: image, map on the scale of all maps, mask."""
     if not count or found.maps is None:
         return []
-    chosen = [*np.flatnonzero(split.anomalous)[:count], np.flatnonzero(~split.anomalous)[0]]
+    # Test sets are sorted by the kind of anomaly: the first ones would be of one kind.
+    anomalous = np.flatnonzero(split.anomalous)
+    spread = np.unique(np.linspace(0, len(anomalous) - 1, count).round().astype(int))
+    chosen = [*anomalous[spread], np.flatnonzero(~split.anomalous)[0]]
     images = split.test[chosen]
     images = images if images.is_floating_point() else images / 255
     low, high = (float(np.quantile(found.maps, q)) for q in (0.01, 0.999))

@@ -60,12 +60,13 @@ _STYLE = {
 
 
 class Drawing(NamedTuple):
-    """What stands in a ``<figure>``: an SVG, or rows of images; and what it shows."""
+    """What stands in a ``<figure>``: an SVG, or the maps of several methods; and what it shows."""
 
     title: str
     caption: str
     svg: str = ""
-    strips: Sequence[dict[str, Any]] = ()
+    samples: Sequence[dict[str, Any]] = ()
+    labels: Sequence[str] = ()
 
 
 class _Look(NamedTuple):
@@ -79,7 +80,7 @@ def drawings(runs: Sequence[Run], name: str) -> list[Drawing]:
     """Every figure of one group that its runs support; ``name`` keeps ids apart within a page."""
     looks = _looks(runs)
     makers = (_boxes, _roc, _norms, _critical_difference, _time, _rare)
-    return [*_drawn(makers, runs, looks, name), *_examples(runs)]
+    return [*_drawn(makers, runs, looks, name), *_maps(runs, list(looks))]
 
 
 def sweeps(runs: Sequence[Run], name: str) -> list[Drawing]:
@@ -390,14 +391,22 @@ def _sweep(runs: Sequence[Run], method: str, key: str, labels: dict[float, str])
     return figure, f"{method}: AUROC against {key}", f"Thick: mean of the thin lines, each of which is one {each}."
 
 
-def _examples(runs: Sequence[Run]) -> list[Drawing]:
-    found = []
+def _maps(runs: Sequence[Run], order: Sequence[str]) -> list[Drawing]:
+    """A row for each test sample that was kept, a column for each method that makes maps."""
+    samples: dict[tuple[Any, ...], dict[str, Any]] = {}
     for label, mine in _by_label(runs, "examples").items():
         first = min(run["configuration"]["seed"] for run in mine)
-        each = [run["examples"] for run in mine if run["configuration"]["seed"] == first]
-        mixed = [example for row in itertools.zip_longest(*each) for example in row if example]
-        if any(example.get("map") for example in mixed):
-            caption = "Test samples: the image, the method's anomaly map and, where there is one, the true mask."
-            bad, good = ([one for one in mixed if one["anomalous"] is kind] for kind in (True, False))
-            found.append(Drawing(f"Maps of {label}", caption, strips=[*bad[:5], *good[:1]]))
-    return found
+        each = [run for run in mine if run["configuration"]["seed"] == first]
+        parts = ([(run["configuration"]["part"], one) for one in run["examples"]] for run in each)
+        for part, one in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*parts))):
+            if one.get("map"):
+                row = {name: one.get(name) for name in ("image", "mask", "anomalous")}
+                sample = samples.setdefault((part, one["image"], one["anomalous"]), {**row, "found": {}})
+                sample["found"][label] = {"map": one["map"], "score": one["score"]}
+    if not samples:
+        return []
+    bad, good = ([one for one in samples.values() if one["anomalous"] is kind] for kind in (True, False))
+    shown = [*bad[:8], *good[:2]]
+    labels = [label for label in order if any(label in one["found"] for one in shown)]
+    caption = "Each map is on the scale of all maps of its method on the test set; below it, the image's score."
+    return [Drawing("Anomaly maps side by side", caption, samples=shown, labels=labels)]

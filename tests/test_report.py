@@ -270,11 +270,34 @@ def test_the_page_shows_labels_escaped_failures_and_settings(page):
 def test_every_figure_that_is_supported_and_no_other(page):
     titles = re.findall(r"<h4>(.*?)</h4>", page)
     each = ["AUROC of every run", "ROC curves", "Latent norms", "Critical differences", "Accuracy and time"]
-    each += ["Rare anomalies", *(f"Maps of Toll (beta={beta})" for beta in (0, 0.1, 10))]
+    each += ["Rare anomalies", "Anomaly maps side by side"]
     assert titles == ["Toll: AUROC against beta", *each, *each]
     assert page.count('role="img" aria-label="ROC curves"') == 2
     assert [one.title for one in figures.drawings(RUNS, "x")] == ["AUROC of every run", "Accuracy and time"]
     assert figures.drawings([failed()], "x") == []
+
+
+def test_maps_of_the_same_sample_stand_in_one_row():
+    def example(image, of, anomalous=True):
+        return {"image": image, "map": of, "mask": None, "score": 1.0, "anomalous": anomalous}
+
+    runs = [
+        run("A", "0", 1, examples=[example("late", "later")]),
+        run("A", "0", 0, examples=[example("x", "Ax"), example("y", "Ay"), example("n", "An", False)]),
+        run("B", "0", 0, examples=[example("y", "By"), example("n", "Bn", False)]),
+        run("A", "1", 0, examples=[example("x", "A1")]),
+        run("C", "0", 0, examples=[example("x", None)]),
+    ]
+    (drawing,) = (one for one in figures.drawings(runs, "x") if one.samples)
+    assert list(drawing.labels) == ["A", "B"]
+    found = [(row["image"], {label: one["map"] for label, one in row["found"].items()}) for row in drawing.samples]
+    # Parts take turns, anomalies come first, of the first seed only.
+    assert found == [
+        ("x", {"A": "Ax"}),
+        ("x", {"A": "A1"}),
+        ("y", {"A": "Ay", "B": "By"}),
+        ("n", {"A": "An", "B": "Bn"}),
+    ]
 
 
 def test_an_argument_is_swept_only_by_itself():
