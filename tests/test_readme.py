@@ -31,6 +31,21 @@ SMALL = {
     "python -m benchmarks run quick --jobs 2": _small("{digits: {parts: [8]}}", "Toll, MemAE, DeepSVDD, KNN"),
     _output("digits"): _small("{digits: {parts: [8]}}", "Toll, MemAE, KNN"),
     _output("inspection"): _small("{mvtec: {root: MVTecAD, parts: [part], image_size: 32}}", "GANomaly, Toll, KNN"),
+    _output("patches"): (
+        _small("{mvtec: {root: MVTecAD, parts: [part], image_size: 64}}", "{PatchToll: {max_steps: 20}}, PaDiM")
+        + " --pretrained false"
+    ),
+    _output("patch_forms", "studies/"): (
+        _small(
+            "{mvtec: {root: MVTecAD, parts: [part], image_size: 64}}",
+            "{PatchToll: {max_steps: 20}}, {PatchToll: {max_steps: 20, focus: 0.0}}",
+        )
+        + " --pretrained false"
+    ),
+    "python -m benchmarks deployment": " --images 4 --coresets [0.5] --image_size 64 --repeats 1",
+    "anomalib train --model PatchToll --config configs/patch_toll.yaml --data.root my_images": (
+        " --model.pre_trained false --model.max_steps 20"
+    ),
     _output("images"): _small("{mnist: {parts: [3]}}", "Toll, KNN"),
     _output("tables"): _small("{odds: {root: ODDS, parts: [small]}}", "TollDetector, KNN"),
     _output("beta", "studies/"): _small("{digits: {parts: [8]}}", "{Toll: {beta: 0.0}}, {Toll: {beta: 1.0}}"),
