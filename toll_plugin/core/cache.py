@@ -50,9 +50,9 @@ class RowCache:
             raise ValueError(msg)
         self._folder = folder
         self._count = 0
-        self._pieces: list[NDArray[np.float32]] = []
-        self._joined: NDArray[np.float32] | None = None
+        self._kept = np.empty((0, width), np.float32)
         self._file: IO[bytes] | None = None
+        self._mapped: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """How many rows."""
@@ -74,33 +74,33 @@ class RowCache:
             msg = f"rows must be finite and have shape (N, {self._width}), got {tuple(rows.shape)}"
             raise ValueError(msg)
         array = rows.contiguous().numpy()
-        self._count += len(array)
-        self._joined = None
-        if self._file is None and 4 * self._width * self._count > self._limit:
+        count = self._count + len(array)
+        if self._file is None and 4 * self._width * count > self._limit:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  it lives as long as the cache
             weakref.finalize(self, self._file.close)
-            for piece in self._pieces:
-                self._file.write(piece.data)
-            self._pieces = []
+            self._file.write(self._kept.data)
+            self._kept = self._kept[:0].copy()
         if self._file is None:
-            self._pieces.append(array.copy())
+            # Growing in place moves pages where joining pieces would hold each row twice; nobody else holds the array.
+            self._kept.resize((count, self._width), refcheck=False)
+            self._kept[self._count :] = array
         else:
             self._file.write(array.data)
+            self._mapped = None
+        self._count = count
 
-    def rows(self) -> NDArray[np.float32]:
-        """All rows, shape ``(N, width)``, not to be written to."""
-        if self._joined is None:
-            if self._file is not None:
-                self._file.flush()
-                self._joined = np.memmap(self._file, np.float32, "r", shape=(self._count, self._width))
-            else:
-                self._joined = np.concatenate([*self._pieces, np.empty((0, self._width), np.float32)])
-                self._pieces = [self._joined]
-        return self._joined
+    def _table(self) -> NDArray[np.float32]:
+        """All rows, for as long as none is added."""
+        if self._file is None:
+            return self._kept
+        if self._mapped is None:
+            self._file.flush()
+            self._mapped = np.memmap(self._file, np.float32, "r", shape=(self._count, self._width))
+        return self._mapped
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """A copy of the rows at ``index``."""
-        found: Any = self.rows()[index if isinstance(index, slice) else index.numpy()]
+        found: Any = self._table()[index if isinstance(index, slice) else index.numpy()]
         return torch.from_numpy(np.array(found))
 
 
