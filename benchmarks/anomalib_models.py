@@ -94,7 +94,7 @@ def _toll(task: Task) -> dict[str, Any]:
 
 
 def _patch_toll(task: Task) -> dict[str, Any]:
-    weights = None if task.weights is None else str(task.weights)
+    weights = str(task.weights) if task.weights is not None and task.pretrained else None
     return {
         **_backbone(task),
         "weights_path": weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,6 +248,18 @@ def test_half_precision_weights_are_made_single(tmp_path):
     load_backbone(extractor, tmp_path / "half.pth")
     _assert_loaded(extractor, state)
     assert extractor.feature_extractor[0].weight.dtype == torch.float32
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = _state()
+    name = next(name for name, value in state.items() if value.is_floating_point())
+    state[name].view(-1)[0] = math.nan
+    torch.save(state, tmp_path / "w.pth")
+    extractor = _Extractor()
+    before = {key: value.clone() for key, value in extractor.feature_extractor.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"weights_path must hold finite weights, but {name} of .*w\.pth has NaN"):
+        load_backbone(extractor, tmp_path / "w.pth")
+    _assert_loaded(extractor, before)
 
 
 def test_counts_of_batches_may_be_missing(tmp_path):
@@ -541,7 +554,7 @@ def test_the_validation_split_changes_nothing():
         gt_mask=torch.zeros(4, 2, 3, dtype=torch.int64),
     )
     post_processor.on_validation_batch_end(None, None, batch, batch, 0)
-    post_processor.on_validation_epoch_end(None, None)
+    post_processor.on_validation_epoch_end(SimpleNamespace(sanity_checking=False), None)
     assert before.keys() == post_processor.state_dict().keys()
     assert set(before) >= {"_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max"}
     for name, value in post_processor.state_dict().items():
@@ -568,6 +581,14 @@ class _Holder:
 
     def __init__(self, post_processor) -> None:
         self.pre_processor, self.post_processor = None, post_processor
+
+
+@pytest.mark.parametrize("verb", ["on_validation_epoch_end", "on_test_start", "on_predict_start"])
+def test_without_a_calibration_nothing_is_flagged_in_silence(verb):
+    trainer, model = SimpleNamespace(sanity_checking=False), nn.Linear(1, 1)
+    with pytest.raises(NotFittedError, match="no threshold: Linear is not fitted yet, or never calls calibrate"):
+        getattr(QuantilePostProcessor(), verb)(trainer, model)
+    getattr(_calibrated([1.0, 2.0], 0.9), verb)(trainer, model)
 
 
 def test_a_checkpoint_names_the_kind():

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from anomalib.data import Folder, MVTecAD
+from anomalib.data import Folder, ImageBatch, MVTecAD
 from anomalib.post_processing import PostProcessor
 from conftest import draw
 from contracts import AnomalibModelContract, checkpoint_of, engine
 from sklearn.exceptions import NotFittedError
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
-from toll_plugin.anomalib import PatchToll, TollPostProcessor
+from toll_plugin.anomalib import PatchToll, QuantilePostProcessor, TollPostProcessor, TollPreProcessor
 from toll_plugin.core import DivergenceError, TollWarning
 
 ARGUMENTS = {"image_size": (64, 96), "pre_trained": False, "max_steps": 30, "hidden_size": 32, "latent_dim": 8}
@@ -145,11 +145,13 @@ def test_a_checkpoint_needs_no_weights_file(files, mvtec_root, tmp_path):
     torch.testing.assert_close(loaded.model(images).pred_score, model.eval().model(images).pred_score)
 
 
-def test_missing_weights_end_the_fit_before_an_image_is_read(mvtec_root, tmp_path):
-    model = _model(pre_trained=True, weights_path=tmp_path / "none.pth")
+def test_missing_weights_end_the_fit_before_an_image_is_read(mvtec_root, tmp_path, monkeypatch):
+    model, embedded = _model(pre_trained=True, weights_path=tmp_path / "none.pth"), []
+    monkeypatch.setattr(model.model, "embed", lambda *a: embedded.append(a))
     with pytest.raises(FileNotFoundError, match=r"weights_path must be a file.*none\.pth"):
         _fit(model, tmp_path, _data(mvtec_root))
     assert not bool(model.model.is_fitted)
+    assert embedded == []
 
 
 def test_without_internet_the_error_says_what_to_do(mvtec_root, tmp_path, monkeypatch):
@@ -336,6 +338,76 @@ def test_the_same_seed_gives_the_same_model_and_leaves_the_global_generator():
         torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("split", ["from_train", "same_as_test"])
+def test_the_seed_alone_decides_the_fit(mvtec_root, tmp_path, split):
+    """Whatever order the loader, which shuffles by the global generator, gives the images in."""
+    found = []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        model = _model(seed=3, max_steps=5)
+        _fit(model, tmp_path, _data(mvtec_root, val_split_mode=split))
+        found.append((model.post_processor.image_threshold, model.model.patches.state_dict()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_in_half_precision_no_held_out_image_is_flagged(mvtec_root, tmp_path):
+    """The threshold is that of features in the precision in which images are scored."""
+    model, data = _model(quantile=1.0), _data(mvtec_root)
+    runner = _fit(model, tmp_path, data, precision="bf16-mixed")
+    data.setup()
+    batches = runner.predict(model, dataloaders=data.val_dataloader(), return_predictions=True)
+    flags = torch.cat([batch.pred_label.flatten() for batch in batches])
+    scores = torch.cat([batch.pred_score.flatten() for batch in batches])
+    assert not bool(flags.any())
+    assert float(scores.max()) == pytest.approx(0.5, abs=1e-6)  # that of the threshold
+
+
+@pytest.mark.parametrize("limit", [1e9, 0])
+def test_a_fit_that_ends_early_says_so(mvtec_root, tmp_path, limit):
+    model = _model(cache_limit=limit)
+    with pytest.raises(ValueError, match=r"training must see all images, 1 time\(s\), but ended early, after 4 images"):
+        _fit(model, tmp_path, _data(mvtec_root), max_steps=1)
+    assert model._features is None
+    assert not bool(model.model.is_fitted)
+
+
+def test_a_model_with_features_in_a_file_can_be_copied(mvtec_root, tmp_path, monkeypatch):
+    model, copies = _model(cache_limit=0), []
+    step = model.training_step
+    monkeypatch.setattr(
+        type(model), "training_step", lambda self, *a: (step(*a), copies.append(copy.deepcopy(self)))[0]
+    )
+    _fit(model, tmp_path, _data(mvtec_root), limit_train_batches=2)
+    assert [one._features for one in copies] == [None, None]
+    assert bool(model.model.is_fitted)
+
+
+def test_thresholds_are_those_of_whole_maps(mvtec_root, tmp_path, monkeypatch):
+    model, maps = _model(), []
+    predict = model.model.predict
+    monkeypatch.setattr(model.model, "predict", lambda *a: maps.append(predict(*a)) or maps[-1])
+    monkeypatch.setattr(model, "validation_step", lambda batch, *_: batch)
+    _fit(model, tmp_path, _data(mvtec_root))
+    expected = QuantilePostProcessor()
+    expected.calibrate(torch.cat([found.anomaly_map for found in maps]))
+    for name in ("image_threshold", "pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max"):
+        assert getattr(model.post_processor, name) == getattr(expected, name)
+
+
+def test_a_backbone_with_channels_last_is_refused(mvtec_root, tmp_path):
+    model = _model(backbone="swin_tiny_patch4_window7_224", layers=["layers.0", "layers.1"], image_size=224)
+    with pytest.raises(
+        ValueError, match=r"backbone must give maps \(N, channels, height, width\), got \(4, 56, 56, 96\)"
+    ):
+        _fit(model, tmp_path, _data(mvtec_root))
+
+
+def test_passes_need_names():
+    model = _model(passes=2)
+    with pytest.raises(ValueError, match="passes must be 1 for data without image_path, got 2"):
+        model.training_step(ImageBatch(image=torch.rand(2, 3, 64, 96)), 0)
+
+
 def test_a_diverging_fit_keeps_the_fitted_model(mvtec_root, tmp_path):
     model, data = _model(), _data(mvtec_root)
     _fit(model, tmp_path, data)
@@ -403,11 +475,29 @@ def test_images_of_several_sizes_are_refused_without_a_pre_processor(tmp_path):
         ({"backbone": "resnet"}, ValueError, "backbone must be the name of a timm network, got 'resnet'"),
         ({"layers": ["layer2", "layer9"]}, ValueError, "layers must be among .*layer3.*got layer2, layer9"),
         ({"layers": []}, ValueError, "at least one layer"),
+        ({"layers": ["layer2", "layer2"]}, ValueError, "layers must be named once each, got layer2, layer2"),
+        ({"backbone": "vit_tiny_patch16_224"}, ValueError, "layers must be layers of vit_tiny_patch16_224, got layer1"),
+        (
+            {"backbone": "vit_tiny_patch16_224", "layers": ["blocks.1", "blocks.99"]},
+            ValueError,
+            r"layers must be among blocks\.0, .*blocks\.11 for vit_tiny_patch16_224, got blocks\.1, blocks\.99",
+        ),
+        (
+            {"weights_path": "w.pth"},
+            ValueError,
+            "weights_path must be left out where pre_trained is False, got 'w.pth'",
+        ),
+        ({"pre_trained": "false"}, TypeError, "pre_trained must be true or false, got 'false' of type str"),
+        (
+            {"pre_processor": TollPreProcessor(32, "imagenet")},
+            ValueError,
+            r"image_size must be left out or that of pre_processor, \(32, 32\), got \(64, 96\)",
+        ),
         ({"layers": "layer2"}, TypeError, "layers must be a sequence of names, got 'layer2'"),
         ({"neighbourhood": 2}, ValueError, "neighbourhood must be odd, got 2"),
         ({"quantile": 1.5}, ValueError, "quantile must be in"),
         ({"quantile": 0}, ValueError, "quantile must be finite and > 0"),
-        ({"quantile": 0.9, "post_processor": False}, ValueError, "quantile must be left out where post_processor"),
+        ({"quantile": 0.9, "post_processor": False}, ValueError, "quantile must be None where post_processor"),
         ({"beta": -1}, ValueError, "beta must be finite and >= 0"),
         ({"exponent": 3}, ValueError, "exponent must be one of 1, 2"),
         ({"score_term": "both"}, ValueError, "score_term must be one of"),

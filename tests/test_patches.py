@@ -328,7 +328,7 @@ def test_the_file_is_gone_with_the_cache(tmp_path):
 )
 def test_bad_rows_are_refused_and_leave_the_cache_as_it_was(rows):
     cache, kept = _filled(1e9)
-    with pytest.raises(ValueError, match=r"rows must be finite and have shape \(N, 3\)"):
+    with pytest.raises(ValueError, match=r"rows must (be finite|have shape \(N, 3\))"):
         cache.append(rows)
     np.testing.assert_array_equal(cache[slice(None)].numpy(), kept)
 
@@ -639,6 +639,11 @@ def test_few_rows(n, held_out):
         ({"patience": 0}, ValueError, "patience must be at least 1, got 0"),
         ({"max_steps": 1.5}, TypeError, "max_steps must be an integer, got 1.5"),
         ({"rows": ROWS[:0]}, ValueError, "rows must hold at least one row, got none"),
+        ({"rows": ROWS[:, :3]}, ValueError, r"rows must have shape \(N, 4\), got \(300, 3\)"),
+        ({"rows": ROWS[:, :1]}, ValueError, r"rows must have shape \(N, 4\), got \(300, 1\)"),
+        ({"rows": ROWS / 0}, ValueError, "rows must be finite, got NaN or infinity"),
+        ({"validation": HELD_OUT.log()}, ValueError, "validation must be finite, got NaN or infinity"),
+        ({"lr": 1e30, "max_steps": 50}, DivergenceError, ""),
         ({"validation": ROWS[:0]}, ValueError, "validation must hold at least one row, got none"),
     ],
 )

@@ -152,6 +152,10 @@ def test_block(kind, code, workplace):
         assert "image_AUROC" in done.stdout
 
 
+def test_what_runs_small_is_in_the_readme():
+    assert SMALL.keys() <= {code.strip() for _, code in BLOCKS}
+
+
 def test_there_are_blocks_for_every_user():
     assert {kind for kind, _ in BLOCKS} == {"bash", "python"}
     assert sum("anomalib " in code for _, code in BLOCKS) >= 5

@@ -139,7 +139,9 @@ class Toll(Verbs, AnomalibModule):
         elif pre_processor is not True and (scaling, scaling_range) != ("unit", None):
             msg = f"scaling reaches the default pre_processor only, got scaling={scaling!r} and another pre_processor"
             raise ValueError(msg)
-        image_size = check_image_size("image_size", size_of(pre_processor) if image_size is None else image_size)
+        image_size = check_image_size(
+            "image_size", (size_of(pre_processor) or (256, 256)) if image_size is None else image_size
+        )
         if pre_processor is True:
             pre_processor = TollPreProcessor(image_size, scaling, scaling_range)
             scaling_range = pre_processor.scaling_range

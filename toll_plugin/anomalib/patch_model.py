@@ -85,7 +85,12 @@ class PatchTollModel(nn.Module):
             _check(x, names)
         grid = (-(-x.shape[-2] // self.stride), -(-x.shape[-1] // self.stride))
         layers: dict[Any, Tensor] = self.backbone(x)
-        return torch.cat([self._on_grid(features, grid) for features in layers.values()], dim=1)
+        features = torch.cat([self._on_grid(features, grid) for features in layers.values()], dim=1)
+        if features.shape[1] != len(self.patches.mean):
+            shapes = ", ".join(str(tuple(found.shape)) for found in layers.values())
+            msg = f"backbone must give maps (N, channels, height, width), got {shapes} of {self.backbone.backbone}"
+            raise ValueError(msg)
+        return features
 
     def _on_grid(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         side = self.neighbourhood
@@ -125,7 +130,7 @@ def load_backbone(backbone: TimmFeatureExtractor, weights_path: str | Path | Non
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no state dict, or lacks a weight or has one of another shape.
+        ValueError: If it is no state dict, or lacks a weight or has one of another shape or one not finite.
         OSError: If timm can neither find the weights nor download them.
     """
     network = backbone.feature_extractor
@@ -143,6 +148,10 @@ def load_backbone(backbone: TimmFeatureExtractor, weights_path: str | Path | Non
             f"weights_path must have all weights of {backbone.backbone} up to {backbone.layers[-1]}, "
             f"but {weights_path} lacks {wrong[0]} or has it in another shape ({len(wrong)} of {len(wanted)} such)"
         )
+        raise ValueError(msg)
+    damaged = [name for name in wanted if not bool(given[_flat(name)].isfinite().all())]
+    if damaged:
+        msg = f"weights_path must hold finite weights, but {damaged[0]} of {weights_path} has NaN or infinity"
         raise ValueError(msg)
     network.load_state_dict({name: given[_flat(name)] for name in wanted}, strict=False)
 
@@ -177,7 +186,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
 def _downloaded(backbone: TimmFeatureExtractor) -> Mapping[str, Tensor]:
     try:
-        pretrained = TimmFeatureExtractor(backbone.backbone, backbone.layers, pre_trained=True)
+        with torch.random.fork_rng(devices=[]):  # it draws weights before it reads them
+            pretrained = TimmFeatureExtractor(backbone.backbone, backbone.layers, pre_trained=True)
     except Exception as error:  # the hub's clients have no error in common
         msg = (
             f"the pretrained weights of {backbone.backbone} are neither on this machine nor to be downloaded "

@@ -38,7 +38,6 @@ _logger = logging.getLogger(__name__)
 _HELD_OUT = 0.2
 #: One is held out, one trained on.
 _FEWEST = 2
-_QUANTILE = 0.99
 
 
 class PatchToll(Verbs, AnomalibModule):
@@ -59,7 +58,8 @@ class PatchToll(Verbs, AnomalibModule):
         layers: Its layers, as timm names them. Default ``("layer1", "layer2", "layer3")``.
         weights_path: File of the backbone's weights, a state dict by ``torch.save`` or safetensors.
             Default: timm's pretrained ones, which it downloads when a fit begins.
-        pre_trained: False trains on a random backbone, which detects little. Default true.
+        pre_trained: False trains on a random backbone, which detects little; then there must be no
+            ``weights_path``. Default true.
         image_size: ``(height, width)`` in pixels the image is resized to, or one integer.
             Default: that of a ``pre_processor`` you pass, else 256. More detail needs more pixels.
         n_components: Principal components of the features that are kept, at most as many as the layers
@@ -72,7 +72,7 @@ class PatchToll(Verbs, AnomalibModule):
         neighbourhood: Side of the average over neighbouring features, odd. Default 3.
         stride: Pixels from one position to the next; finer layers are averaged, coarser ones
             interpolated. Default 8.
-        sigma: Standard deviation of the map's smoothing, in pixels. Default 4.
+        sigma: Standard deviation of the map's smoothing, in pixels. Default 2.
         focus: Power of a position's distance from the mean position in proportion to which it is
             drawn for training; 0 draws all alike, backgrounds mostly. Default 4.
         lr: Largest learning rate of Adam. Default 4e-3.
@@ -81,10 +81,10 @@ class PatchToll(Verbs, AnomalibModule):
         patience: Epochs over the positions without a lower held-out loss before training stops;
             ``None`` never stops. Default 20.
         quantile: Share of normal images that should not be flagged, in (0, 1]; see
-            :class:`QuantilePostProcessor`. Default 0.99.
+            :class:`QuantilePostProcessor`. Default 0.99, or the rule of the ``post_processor`` you pass.
         passes: Over the training images, more than 1 only for data with random augmentations, of
-            which each pass sees new ones. Default 1.
-        cache_limit: Bytes of features in memory; what exceeds it lies in a temporary file. Default 2e9.
+            which each pass sees new ones. Held-out copies count as images in the quantile. Default 1.
+        cache_limit: Bytes of features in memory; more lie in a temporary file. Default 2e9.
         seed: Of the initial weights, the order of the positions and what is held out. Default:
             drawn from the global generator.
         pre_processor: True (default) resizes, and scales by ImageNet's mean and deviation.
@@ -124,13 +124,13 @@ class PatchToll(Verbs, AnomalibModule):
         score_term: ScoreTerm = "total",
         neighbourhood: int = 3,
         stride: int = 8,
-        sigma: float = 4.0,
+        sigma: float = 2.0,
         focus: float = 4.0,
         lr: float = 4e-3,
         batch_size: int = 512,
         max_steps: int = 1500,
         patience: int | None = 20,
-        quantile: float = _QUANTILE,
+        quantile: float | None = None,
         passes: int = 1,
         cache_limit: float = 2e9,
         seed: int | None = None,
@@ -142,7 +142,7 @@ class PatchToll(Verbs, AnomalibModule):
         # The base class records these variables as hyperparameters, which must be plain data to
         # load under weights_only: numbers are made Python's own, and modules are taken out.
         layers = _layers(layers)
-        weights_path = None if weights_path is None else str(weights_path)
+        weights_path = _weights(weights_path, pre_trained)
         n_components = check_integer("n_components", n_components, minimum=1)
         hidden_size = check_integer("hidden_size", hidden_size, minimum=1)
         latent_dim = check_integer("latent_dim", latent_dim, minimum=1)
@@ -163,13 +163,13 @@ class PatchToll(Verbs, AnomalibModule):
         passes = check_integer("passes", passes, minimum=1)
         cache_limit = check_finite_float("cache_limit", cache_limit, minimum=0)
         seed = None if seed is None else check_integer("seed", seed, minimum=0)
-        image_size = check_image_size("image_size", size_of(pre_processor) if image_size is None else image_size)
+        image_size = _size(image_size, size_of(pre_processor))
         if pre_processor is True:
             pre_processor = TollPreProcessor(image_size, "imagenet")
         if post_processor is True:
-            post_processor = QuantilePostProcessor(quantile)
-        elif quantile != _QUANTILE:
-            msg = f"quantile must be left out where post_processor is passed, which has its own rule, got {quantile!r}"
+            post_processor = QuantilePostProcessor() if quantile is None else QuantilePostProcessor(quantile)
+        elif quantile is not None:
+            msg = f"quantile must be None where post_processor is passed, which has its own rule, got {quantile!r}"
             raise ValueError(msg)
         super().__init__(
             pre_processor=pre_processor,
@@ -207,6 +207,7 @@ class PatchToll(Verbs, AnomalibModule):
         return {
             "max_epochs": self.passes,
             "check_val_every_n_epoch": self.passes,
+            "val_check_interval": 1.0,
             "num_sanity_val_steps": 0,
             "devices": 1,
         }
@@ -237,9 +238,13 @@ class PatchToll(Verbs, AnomalibModule):
         """Keep the features of a batch of normal images.
 
         Raises:
-            ValueError: If an image is not finite or of another size than the first.
+            ValueError: If an image or its features are not finite, or it is of another size than the first,
+                or has no path by which its copies of several passes are held out together.
         """
         del batch_idx
+        if self.passes > 1 and not batch.image_path:
+            msg = f"passes must be 1 for data without image_path, got {self.passes}"
+            raise ValueError(msg)
         if self.current_epoch < self.passes:
             with torch.no_grad():
                 features = self.model.embed(batch.image, batch.image_path)
@@ -258,23 +263,45 @@ class PatchToll(Verbs, AnomalibModule):
         if (features.shape[2], features.shape[3]) != self._grid:
             msg = f"images must have one size, got another in {names[0]}: let a pre_processor resize them"
             raise ValueError(msg)
+        if not bool(features.isfinite().all()):
+            bad = [name for name, one in zip(names, features, strict=True) if not bool(one.isfinite().all())]
+            msg = f"features must be finite, got NaN or infinite ones of {', '.join(bad)}: the backbone overflows"
+            raise ValueError(msg)
         cache.append(features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]))
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Fit to the features when the last are there, before Lightning validates."""
         super().on_train_batch_end(*args, **kwargs)
-        if self.trainer.is_last_batch and self.current_epoch + 1 == self.passes:
-            self._fit()
+        if self._features is not None and self.trainer.is_last_batch and self.current_epoch + 1 == self.passes:
+            features, names = self._features, self._names
+            self._features, self._names = None, []
+            self._fit(features, names)
 
-    def _fit(self) -> None:
-        features, names = self._features, self._names
-        self._features, self._names = None, []
-        if features is None:
-            msg = "training must have at least one normal image, got none"
+    def on_fit_end(self) -> None:
+        """Say so if there was no fit.
+
+        Raises:
+            ValueError: If training ended before the last image of the last pass.
+        """
+        super().on_fit_end()
+        if self._features is not None:
+            seen, self._features, self._names = len(set(self._names)), None, []
+            msg = f"training must see all images, {self.passes} time(s), but ended early, after {seen} images: "
+            msg += "max_steps, max_epochs and max_time of the trainer must leave that much"
             raise ValueError(msg)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the features that a fit was collecting: a file of them is no part of the model."""
+        return {**super().__getstate__(), "_features": None, "_names": []}
+
+    def _fit(self, features: RowCache, names: list[str]) -> None:
         seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(seed)
-        rows, held_out = self._split(features, names, generator)
+        # Loaders shuffle by the global generator: in the order of names, the seed alone decides.
+        order = sorted(range(len(names)), key=names.__getitem__)
+        per_image = len(features) // len(names)
+        sorted_rows = (torch.tensor(order)[:, None] * per_image + torch.arange(per_image)).flatten()
+        rows, held_out = self._split(RowSubset(features, sorted_rows), sorted(names), generator)
         # What was fitted before stays until this fit has succeeded.
         fresh = self._new_patches(generator).to(self.device)
         self.history = fit_patches(
@@ -304,9 +331,9 @@ class PatchToll(Verbs, AnomalibModule):
         for logger in self.loggers:
             logger.log_metrics({f"patches_{name}": getattr(history, name)[-1] for name in names}, step=epoch)
 
-    def _split(self, features: RowCache, names: list[str], generator: torch.Generator) -> tuple[Rows, Rows]:
+    def _split(self, features: Rows, names: list[str], generator: torch.Generator) -> tuple[Rows, Rows]:
         """Rows to train on, and rows of held-out images."""
-        validation = self._validation_features()
+        validation = self._validation_features(self.cache_limit - 4 * self.model.patches.mean.numel() * len(features))
         if validation is not None:
             return features, validation
         images = sorted(set(names))
@@ -320,15 +347,16 @@ class PatchToll(Verbs, AnomalibModule):
         of_row = of_image.repeat_interleave(len(features) // len(names))
         return RowSubset(features, (~of_row).nonzero()[:, 0]), RowSubset(features, of_row.nonzero()[:, 0])
 
-    def _validation_features(self) -> RowCache | None:
+    def _validation_features(self, limit: float) -> RowCache | None:
         """Those of the validation split, if it has images and none is anomalous."""
-        cache = RowCache(self.model.patches.mean.numel(), self.cache_limit)
-        with torch.no_grad():
+        cache = RowCache(self.model.patches.mean.numel(), max(0, limit))
+        # The precision in which they are scored later: Lightning leaves it between training and validation.
+        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
             for batch in validation_batches(self):
                 if not bool(is_normal(batch).all()):
                     return None
                 features = self.model.embed(batch.image, batch.image_path)
-                self._keep(cache, features, batch.image_path or ["a validation image"])
+                self._keep(cache, features, batch.image_path or ["a validation image"] * len(features))
         return cache if len(cache) else None
 
     @torch.no_grad()
@@ -344,7 +372,9 @@ class PatchToll(Verbs, AnomalibModule):
                 of_rows = TollTerms(*(term.flatten() for term in terms))
                 seen = patches.project(patches.standardise(rows))
                 monitor.update(seen, of_rows, exponent=patches.loss.exponent)
-                maps.append(self.model.predict(patches.score_of(terms), self._size).anomaly_map)
+                found = self.model.predict(patches.score_of(terms), self._size).anomaly_map
+                # Of a map, thresholds and ranges take the extremes only.
+                maps.append(torch.stack(found.aminmax()).view(1, 1, 1, 2))
         if isinstance(self.post_processor, QuantilePostProcessor):
             self.post_processor.calibrate(torch.cat(maps))
         self.findings = monitor.findings()
@@ -355,12 +385,33 @@ class PatchToll(Verbs, AnomalibModule):
         return self.test_step(batch, *args, **kwargs)
 
 
+def _weights(path: str | None, pre_trained: object) -> str | None:
+    if not isinstance(pre_trained, bool):
+        msg = f"pre_trained must be true or false, got {pre_trained!r} of type {type(pre_trained).__name__}"
+        raise TypeError(msg)
+    if path is not None and not pre_trained:
+        msg = f"weights_path must be left out where pre_trained is False, got {str(path)!r}"
+        raise ValueError(msg)
+    return None if path is None else str(path)
+
+
+def _size(image_size: object, resized: tuple[int, int] | None) -> tuple[int, int]:
+    size = check_image_size("image_size", (resized or (256, 256)) if image_size is None else image_size)
+    if resized not in (None, size):
+        msg = f"image_size must be left out or that of pre_processor, {resized}, got {size}"
+        raise ValueError(msg)
+    return size
+
+
 def _layers(layers: Sequence[str]) -> list[str]:
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(isinstance(x, str) for x in layers):
         msg = f"layers must be a sequence of names, got {layers!r}"
         raise TypeError(msg)
     if not layers:
         msg = "layers must name at least one layer, got none"
+        raise ValueError(msg)
+    if len(set(layers)) < len(layers):
+        msg = f"layers must be named once each, got {', '.join(layers)}"
         raise ValueError(msg)
     return list(layers)
 
@@ -373,11 +424,20 @@ def _extractor(backbone: str, layers: list[str], seed: int | None) -> TimmFeatur
         except RuntimeError as error:
             msg = f"backbone must be the name of a timm network, got {backbone!r}: {error}"
             raise ValueError(msg) from error
-    if extractor.layers != layers:
-        import timm  # noqa: PLC0415  only for the message
+        except ValueError as error:
+            msg = f"layers must be layers of {backbone}, got {', '.join(layers)}: {error}"
+            raise ValueError(msg) from error
+        if hasattr(extractor, "patch_size"):  # of a vision transformer anomalib does not check the layers
+            blocks: Any = extractor.feature_extractor.blocks
+            known = [f"blocks.{i}" for i in range(len(blocks))]
+        elif extractor.layers != layers:
+            import timm  # noqa: PLC0415  only for the message
 
-        info: Any = timm.create_model(backbone, features_only=True)
-        known = [layer["module"] for layer in info.feature_info.get_dicts()]
-        msg = f"layers must be among {', '.join(known)} for {backbone}, got {', '.join(layers)}"
-        raise ValueError(msg)
+            info: Any = timm.create_model(backbone, features_only=True)
+            known = [layer["module"] for layer in info.feature_info.get_dicts()]
+        else:
+            return extractor
+        if not set(layers) <= set(known):
+            msg = f"layers must be among {', '.join(known)} for {backbone}, got {', '.join(layers)}"
+            raise ValueError(msg)
     return extractor

@@ -10,6 +10,7 @@ from anomalib.data import Batch, ImageBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
+from sklearn.exceptions import NotFittedError
 from torch import Tensor
 from torchmetrics import MaxMetric
 from torchmetrics.utilities import dim_zero_cat
@@ -110,7 +111,8 @@ class QuantilePostProcessor(TollPostProcessor):
     Of n held-out scores the threshold is the :math:`\lceil (n + 1) q \rceil`-th smallest, or the
     largest if there are not that many: then the chance that a further normal image is flagged is at
     most 1 - q (and at least 1 - q - 1/(n + 1)) where n is large enough for q, whatever the scores'
-    distribution. The validation split changes nothing.
+    distribution. The validation split changes nothing: the model has to call :meth:`calibrate`, as
+    PatchToll does.
 
     Args:
         quantile: q, the share of normal images that should not be flagged, in (0, 1]. With 1 the
@@ -120,6 +122,7 @@ class QuantilePostProcessor(TollPostProcessor):
     Raises:
         TypeError: If ``quantile`` is no number.
         ValueError: If it is not in (0, 1].
+        NotFittedError: If a model that has not calibrated it is validated, tested or asked to predict.
 
     Source:
         The split conformal quantile, e.g. arXiv 2107.07511, section 1.
@@ -167,5 +170,23 @@ class QuantilePostProcessor(TollPostProcessor):
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is learnt from the validation split."""
 
-    def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is learnt from the validation split."""
+        if not trainer.sanity_checking:
+            self._check_is_calibrated(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Without a threshold every image would be flagged."""
+        super().on_test_start(trainer, pl_module)
+        self._check_is_calibrated(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Without a threshold every image would be flagged."""
+        super().on_predict_start(trainer, pl_module)
+        self._check_is_calibrated(pl_module)
+
+    def _check_is_calibrated(self, model: LightningModule) -> None:
+        if bool(self._image_threshold.isnan()):
+            name = type(model).__name__
+            msg = f"QuantilePostProcessor has no threshold: {name} is not fitted yet, or never calls calibrate"
+            raise NotFittedError(msg)

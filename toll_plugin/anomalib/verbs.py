@@ -100,13 +100,13 @@ class Verbs(_Base):
         super().on_load_checkpoint(checkpoint)
 
 
-def size_of(pre_processor: nn.Module | bool) -> tuple[int, int]:
-    """The size that a pre-processor resizes to, 256 where it does not."""
+def size_of(pre_processor: nn.Module | bool) -> tuple[int, int] | None:
+    """The size that a pre-processor resizes to, if it does."""
     if isinstance(pre_processor, TollPreProcessor):
         return pre_processor.image_size
     transform = getattr(pre_processor, "transform", None)
     size = (1, 1) if transform is None else tuple(transform(torch.zeros(1, 3, 1, 1)).shape[-2:])
-    return (256, 256) if size == (1, 1) else size
+    return None if size == (1, 1) else size
 
 
 def is_normal(batch: Batch) -> Tensor:

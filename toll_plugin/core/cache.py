@@ -70,8 +70,11 @@ class RowCache:
             ValueError: If they have another width, or are not finite.
         """
         rows = rows.detach().cpu().float()  # first, since double precision may be finite and single not
-        if rows.ndim != 2 or rows.shape[1] != self._width or not bool(rows.isfinite().all()):
-            msg = f"rows must be finite and have shape (N, {self._width}), got {tuple(rows.shape)}"
+        if rows.ndim != 2 or rows.shape[1] != self._width:
+            msg = f"rows must have shape (N, {self._width}), got {tuple(rows.shape)}"
+            raise ValueError(msg)
+        if not bool(rows.isfinite().all()):
+            msg = "rows must be finite, got NaN or infinity"
             raise ValueError(msg)
         array = rows.contiguous().numpy()
         count = self._count + len(array)

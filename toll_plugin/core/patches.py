@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -91,7 +92,7 @@ class PatchAutoencoder(nn.Module):
     def project_on(self, rows: Tensor) -> None:
         """Set the principal components to those of standardised rows ``(N, C)``, about their origin."""
         if self.components is not None:
-            rows = rows.double()
+            rows = rows.cpu().double()  # some devices have no double precision
             directions = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)
             self.components.copy_(directions[:, : self.components.shape[1]])
 
@@ -218,7 +219,8 @@ def fit_patches(
     Raises:
         DivergenceError: If the loss stops being finite.
         TypeError: If an argument has the wrong type.
-        ValueError: If it is out of range, or there are no rows.
+        ValueError: If it is out of range, or rows are none, not finite or of another width; the model
+            then stays as it was.
     """
     check_finite_float("focus", focus, minimum=0)
     check_finite_float("lr", lr, minimum=0, exclusive=True)
@@ -227,37 +229,29 @@ def fit_patches(
     if patience is not None:
         check_integer("patience", patience, minimum=1)
     for name, given in (("rows", rows), ("validation", validation)):
-        if len(given) == 0:
-            msg = f"{name} must hold at least one row, got none"
-            raise ValueError(msg)
-    model.standardise_by(*_statistics(rows))
-
-    def drawn(of: Rows, count: int) -> Tensor:
-        weights = torch.cat([_norms(part) for part in _pieces(PreparedRows(of, model, project=False))])
-        upto = (weights / weights.max().clamp_min(_TINY)).pow(focus).add(_TINY).cumsum(0)
-        index = torch.searchsorted(upto, torch.rand(count, generator=generator, dtype=torch.float64) * upto[-1])
-        return index.clamp_max(len(of) - 1)
-
-    held_out = drawn(validation, min(len(validation), _ENOUGH))
-    order = drawn(rows, len(rows))
-    if model.components is not None:
-        model.project_on(PreparedRows(rows, model, project=False)[order[:_ENOUGH]])
-    arguments: dict[str, Any] = {
-        "validation": PreparedRows(RowSubset(validation, held_out), model),
-        "optimizer": cosine_adam(lr, max_steps),
-        "batch_size": batch_size,
-        "max_epochs": None,
-        "max_steps": max_steps,
-        "patience": patience,
-        "generator": generator,
-        "progress": progress,
-        "on_epoch": on_epoch,
-    }
-    training_rows = PreparedRows(RowSubset(rows, order), model)
-    with fork_safe():
-        if isinstance(model.network, DenseAutoencoder) and model.mean.device.type == "cpu":
-            return fit_ensemble([model.network], training_rows, model.loss, **arguments)[0]
-        return fit(model.network, training_rows, model.loss, **arguments)
+        _check_rows(name, given, len(model.mean))
+    with _kept_on_failure(model):
+        model.standardise_by(*_statistics(rows))
+        held_out = _drawn(validation, model, min(len(validation), _ENOUGH), focus, generator)
+        order = _drawn(rows, model, len(rows), focus, generator)
+        if model.components is not None:
+            model.project_on(PreparedRows(rows, model, project=False)[order[:_ENOUGH]])
+        arguments: dict[str, Any] = {
+            "validation": PreparedRows(RowSubset(validation, held_out), model),
+            "optimizer": cosine_adam(lr, max_steps),
+            "batch_size": batch_size,
+            "max_epochs": None,
+            "max_steps": max_steps,
+            "patience": patience,
+            "generator": generator,
+            "progress": progress,
+            "on_epoch": on_epoch,
+        }
+        training_rows = PreparedRows(RowSubset(rows, order), model)
+        with fork_safe():
+            if isinstance(model.network, DenseAutoencoder) and model.mean.device.type == "cpu":
+                return fit_ensemble([model.network], training_rows, model.loss, **arguments)[0]
+            return fit(model.network, training_rows, model.loss, **arguments)
 
 
 #: Rows that suffice to measure the held-out loss, and to find the principal components.
@@ -267,13 +261,46 @@ _PIECE = 16_384
 _TINY = 1e-12
 
 
+def _check_rows(name: str, rows: Rows, channels: int) -> None:
+    if len(rows) == 0:
+        msg = f"{name} must hold at least one row, got none"
+        raise ValueError(msg)
+    for part in _pieces(rows):
+        if part.shape[1:] != (channels,):
+            msg = f"{name} must have shape (N, {channels}), got {(len(rows), *part.shape[1:])}"
+            raise ValueError(msg)
+        if not bool(part.isfinite().all()):
+            msg = f"{name} must be finite, got NaN or infinity"
+            raise ValueError(msg)
+
+
+@contextmanager
+def _kept_on_failure(model: PatchAutoencoder) -> Iterator[None]:
+    """What ``model`` standardises by and projects on, with the weights that were trained on it."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers(recurse=False)]
+    try:
+        yield
+    except BaseException:
+        for buffer, before in kept:
+            buffer.copy_(before)
+        raise
+
+
+def _drawn(rows: Rows, model: PatchAutoencoder, count: int, focus: float, generator: torch.Generator) -> Tensor:
+    """Positions of ``count`` rows, drawn in proportion to a power of their distance from the mean."""
+    weights = torch.cat([_norms(part) for part in _pieces(PreparedRows(rows, model, project=False))])
+    upto = (weights / weights.max().clamp_min(_TINY)).pow(focus).add(_TINY).cumsum(0)
+    index = torch.searchsorted(upto, torch.rand(count, generator=generator, dtype=torch.float64) * upto[-1])
+    return index.clamp_max(len(rows) - 1)
+
+
 def _pieces(rows: Rows) -> Iterator[Tensor]:
     return (rows[slice(start, start + _PIECE)] for start in range(0, len(rows), _PIECE))
 
 
 def _norms(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms.cpu()
+    norms: Tensor = torch.linalg.vector_norm(rows.cpu(), dim=1, dtype=torch.float64)
+    return norms
 
 
 def _statistics(rows: Rows) -> tuple[Tensor, Tensor]:
