@@ -54,7 +54,7 @@ class PatchTollModel(nn.Module):
         patches: PatchAutoencoder,
         neighbourhood: int = 3,
         stride: int = 8,
-        sigma: float = 4.0,
+        sigma: float = 2.0,
     ) -> None:
         super().__init__()
         self.backbone, self.patches = backbone, patches
