@@ -35,13 +35,6 @@ SMALL = {
         _small("{mvtec: {root: MVTecAD, parts: [part], image_size: 64}}", "{PatchToll: {max_steps: 20}}, PaDiM")
         + " --pretrained false"
     ),
-    _output("patch_forms", "studies/"): (
-        _small(
-            "{mvtec: {root: MVTecAD, parts: [part], image_size: 64}}",
-            "{PatchToll: {max_steps: 20}}, {PatchToll: {max_steps: 20, focus: 0.0}}",
-        )
-        + " --pretrained false"
-    ),
     "python -m benchmarks deployment": " --images 4 --coresets [0.5] --image_size 64 --repeats 1",
     "anomalib train --model PatchToll --config configs/patch_toll.yaml --data.root my_images": (
         " --model.pre_trained false --model.max_steps 20"
