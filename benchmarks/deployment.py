@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from benchmarks.evaluate import peak_memory
 from benchmarks.quiet import apart
 from benchmarks.records import RESULTS, finish, provenance
+from benchmarks.speed import median_seconds
 
 #: As PatchToll is by default; PatchCore's default layers are the last two.
 LAYERS = {"PatchToll": ("layer1", "layer2", "layer3"), "PatchCore": ("layer2", "layer3")}
@@ -58,7 +57,9 @@ def deployment(
         files = [_openvino(model, image, Path(folder) / str(i)) for i, model in enumerate(models)]
         calls: list[Callable[[], Any]] = [partial(model, image) for model in models]
         calls += [_compiled(path, image) for path, _ in files]
-        taken = _interleaved(calls, repeats)
+        with torch.inference_mode():
+            seconds = median_seconds({str(i): call for i, call in enumerate(calls)}, repeats)
+        taken = [1000 * one for one in seconds.values()]
         memory = [_peak(kind, backbone, image_size, None) for kind in LAYERS]
         memory += [_peak(kind, backbone, image_size, bank) for _, kind, bank in cases]
     measured = {
@@ -102,20 +103,6 @@ def _model(name: str, backbone: str, image_size: int, bank: int) -> torch.nn.Mod
         width = sum(model.feature_extractor.out_dims)
         model.memory_bank = torch.rand(bank, width)
     return model.eval()
-
-
-def _interleaved(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median milliseconds of each call, one after the other in every round."""
-    taken: list[list[float]] = [[] for _ in calls]
-    with torch.inference_mode():
-        for call in calls:
-            call()
-        for _ in range(repeats):
-            for call, times in zip(calls, taken, strict=True):
-                start = time.perf_counter()
-                call()
-                times.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(times) for times in taken]
 
 
 def _openvino(model: torch.nn.Module, image: torch.Tensor, stem: Path) -> tuple[Path, int]:

@@ -28,7 +28,7 @@ NETS = {
 PLAIN = {"n_members": 1, "noise": 0.0, "metric": "euclidean", "max_steps": None}
 
 
-def _seconds(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def median_seconds(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each, run in turns, after one run of each that is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
@@ -78,7 +78,9 @@ def _fit(rows: int, epochs: int, repeats: int) -> list[str]:
     for net, (features, *_) in NETS.items():
         x = _rows(rows, features)
         toll, pyod = _pair(net, epochs)
-        taken = _seconds({"toll": lambda x=x, d=toll: d.fit(x), "pyod": _silent(lambda x=x, d=pyod: d.fit(x))}, repeats)
+        taken = median_seconds(
+            {"toll": lambda x=x, d=toll: d.fit(x), "pyod": _silent(lambda x=x, d=pyod: d.fit(x))}, repeats
+        )
         lines.append(_line(f"`fit`, {net}, {rows} rows", taken["pyod"], taken["toll"], "PyOD AutoEncoder"))
     return lines
 
@@ -98,7 +100,7 @@ def _score(rows: int, repeats: int) -> list[str]:
     toll.fit(x[:2000])
     _silent(lambda: pyod.fit(x[:2000]))()
     default = TollDetector(max_steps=20).fit(x[:2000])
-    taken = _seconds(
+    taken = median_seconds(
         {
             "toll": lambda: toll.decision_function(x),
             "default": lambda: default.decision_function(x),
@@ -131,7 +133,7 @@ def _score(rows: int, repeats: int) -> list[str]:
         return loop
 
     times = 200
-    taken = _seconds(
+    taken = median_seconds(
         {
             "toll": many(lambda: toll.decision_function(one), times),
             "pyod": _silent(many(lambda: pyod.predict(one), times)),
@@ -179,7 +181,7 @@ def _members(rows: int, epochs: int, repeats: int) -> list[str]:
             epochs=epochs,
             **PLAIN | {"n_members": 10},
         )
-        taken = _seconds(
+        taken = median_seconds(
             {
                 "ten": lambda x=x, ten=ten: ten.fit(x),
                 "plain": lambda x=x, n=(hidden, latent, batch): _plain_loop(x, *n, epochs),
@@ -208,7 +210,9 @@ def _own_modules(rows: int, epochs: int, repeats: int) -> list[str]:
         epochs=epochs,
         **PLAIN,
     )
-    taken = _seconds({"own": lambda: own.fit(x), "plain": lambda: _plain_loop(x, (64,), 32, 128, epochs)}, repeats)
+    taken = median_seconds(
+        {"own": lambda: own.fit(x), "plain": lambda: _plain_loop(x, (64,), 32, 128, epochs)}, repeats
+    )
     return [_line("`fit` of your own modules, 100-64-32, batch 128", taken["plain"], taken["own"], "plain torch loop")]
 
 

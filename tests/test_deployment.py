@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.deployment import LAYERS, _features, _interleaved, _model
+from benchmarks.deployment import LAYERS, _features, _model
+from benchmarks.speed import median_seconds
 
 COMPONENTS, CHANNELS, HIDDEN, LATENT = 192, 64 + 128 + 256, 1024, 32
 
@@ -40,7 +41,6 @@ def test_models_score_and_are_timed_in_turns():
 
         return call
 
-    calls = [calling(name, _model(name, "resnet18", 64, 10)) for name in LAYERS]
-    taken = _interleaved(calls, 3)
+    taken = median_seconds({name: calling(name, _model(name, "resnet18", 64, 10)) for name in LAYERS}, 3)
     assert order == [*LAYERS] * 4  # the first round warms up
-    assert min(taken) > 0
+    assert min(taken.values()) > 0

@@ -23,8 +23,8 @@ from toll_plugin.anomalib.callbacks import TRAINING_STATE, RestoreBestWeights
 from toll_plugin.anomalib.post_processor import TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.anomalib.torch_model import NetworkName, TollModel, build_network
-from toll_plugin.anomalib.verbs import Verbs, is_normal, size_of, validation_batches
-from toll_plugin.core.checks import check_finite_float, check_image_size, check_integer, check_option
+from toll_plugin.anomalib.verbs import Verbs, is_normal, size_for, validation_batches
+from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
 from toll_plugin.core.divergence import DivergenceGuard
 from toll_plugin.core.modes import batch_norm_fits, evaluating
@@ -139,9 +139,7 @@ class Toll(Verbs, AnomalibModule):
         elif pre_processor is not True and (scaling, scaling_range) != ("unit", None):
             msg = f"scaling reaches the default pre_processor only, got scaling={scaling!r} and another pre_processor"
             raise ValueError(msg)
-        image_size = check_image_size(
-            "image_size", (size_of(pre_processor) or (256, 256)) if image_size is None else image_size
-        )
+        image_size = size_for(image_size, pre_processor)
         if pre_processor is True:
             pre_processor = TollPreProcessor(image_size, scaling, scaling_range)
             scaling_range = pre_processor.scaling_range

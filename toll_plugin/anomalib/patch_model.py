@@ -13,8 +13,8 @@ from anomalib.models.components import TimmFeatureExtractor
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.tv_tensors import TVTensor
 
+from toll_plugin.anomalib.torch_model import check_finite, plain
 from toll_plugin.core.patches import PatchAutoencoder, enlarge
 
 __all__ = ["PatchTollModel", "load_backbone"]
@@ -79,10 +79,12 @@ class PatchTollModel(nn.Module):
 
     def embed(self, images: Tensor, names: Sequence[str] | None = None) -> Tensor:
         """Features of each position, neighbours averaged, all layers on one grid."""
-        # tv_tensors dispatch every operation through Python; the network needs a plain tensor.
-        x = images.as_subclass(Tensor) if isinstance(images, TVTensor) else images
+        x = plain(images)
         if not torch.compiler.is_compiling():
-            _check(x, names)
+            if x.ndim != 4 or x.shape[1] != 3:
+                msg = f"images must have shape (N, 3, height, width), got {tuple(x.shape)}"
+                raise ValueError(msg)
+            check_finite(x, names)
         grid = (-(-x.shape[-2] // self.stride), -(-x.shape[-1] // self.stride))
         layers: dict[Any, Tensor] = self.backbone(x)
         features = torch.cat([self._on_grid(features, grid) for features in layers.values()], dim=1)
@@ -107,17 +109,6 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Where half precision was asked for it serves the backbone: eight bits would tie scores and move the threshold."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _check(x: Tensor, names: Sequence[str] | None) -> None:
-    if x.ndim != 4 or x.shape[1] != 3:
-        msg = f"images must have shape (N, 3, height, width), got {tuple(x.shape)}"
-        raise ValueError(msg)
-    if not bool(x.isfinite().all()):
-        bad = [i for i, sample in enumerate(x) if not bool(sample.isfinite().all())]
-        which = f"sample(s) {bad} of the batch" if names is None else ", ".join(names[i] for i in bad)
-        msg = f"images must be finite, got NaN or infinite pixels in: {which}"
-        raise ValueError(msg)
 
 
 def load_backbone(backbone: TimmFeatureExtractor, weights_path: str | Path | None) -> None:

@@ -19,15 +19,15 @@ from torch import Tensor
 from toll_plugin.anomalib.patch_model import PatchTollModel, load_backbone
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
-from toll_plugin.anomalib.verbs import Verbs, is_normal, size_of, validation_batches
+from toll_plugin.anomalib.verbs import Verbs, is_normal, size_for, size_of, validation_batches
 from toll_plugin.core.cache import RowCache, RowSubset
-from toll_plugin.core.checks import check_finite_float, check_image_size, check_integer, check_option
+from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
 from toll_plugin.core.learners import Rows
 from toll_plugin.core.modes import evaluating
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
-from toll_plugin.core.patches import PatchAutoencoder, fit_patches
+from toll_plugin.core.patches import PatchAutoencoder, PreparedRows, fit_patches
 from toll_plugin.core.training import History
 
 __all__ = ["PatchToll"]
@@ -163,7 +163,7 @@ class PatchToll(Verbs, AnomalibModule):
         passes = check_integer("passes", passes, minimum=1)
         cache_limit = check_finite_float("cache_limit", cache_limit, minimum=0)
         seed = None if seed is None else check_integer("seed", seed, minimum=0)
-        image_size = _size(image_size, size_of(pre_processor))
+        image_size = _size(image_size, pre_processor)
         if pre_processor is True:
             pre_processor = TollPreProcessor(image_size, "imagenet")
         if post_processor is True:
@@ -365,14 +365,14 @@ class PatchToll(Verbs, AnomalibModule):
         height, width = self._grid
         monitor, maps = CollapseMonitor(), []
         patches = self.model.patches
+        prepared = PreparedRows(held_out, patches)
         with evaluating(self.model):
-            for start in range(0, len(held_out), height * width):
-                rows = held_out[slice(start, start + height * width)].to(self.device)
-                terms = patches.terms(rows.T.reshape(1, -1, height, width))
-                of_rows = TollTerms(*(term.flatten() for term in terms))
-                seen = patches.project(patches.standardise(rows))
-                monitor.update(seen, of_rows, exponent=patches.loss.exponent)
-                found = self.model.predict(patches.score_of(terms), self._size).anomaly_map
+            for start in range(0, len(prepared), height * width):
+                x = prepared[slice(start, start + height * width)]
+                terms = patches.loss.terms(x, *patches.network(x))
+                monitor.update(x, terms, exponent=patches.loss.exponent)
+                of_image = TollTerms(*(term.view(1, height, width) for term in terms))
+                found = self.model.predict(patches.score_of(of_image), self._size).anomaly_map
                 # Of a map, thresholds and ranges take the extremes only.
                 maps.append(torch.stack(found.aminmax()).view(1, 1, 1, 2))
         if isinstance(self.post_processor, QuantilePostProcessor):
@@ -395,8 +395,8 @@ def _weights(path: str | None, pre_trained: object) -> str | None:
     return None if path is None else str(path)
 
 
-def _size(image_size: object, resized: tuple[int, int] | None) -> tuple[int, int]:
-    size = check_image_size("image_size", (resized or (256, 256)) if image_size is None else image_size)
+def _size(image_size: object, pre_processor: PreProcessor | bool) -> tuple[int, int]:
+    size, resized = size_for(image_size, pre_processor), size_of(pre_processor)
     if resized not in (None, size):
         msg = f"image_size must be left out or that of pre_processor, {resized}, got {size}"
         raise ValueError(msg)

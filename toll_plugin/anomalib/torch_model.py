@@ -14,7 +14,7 @@ from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, check_input
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
 
-__all__ = ["NetworkName", "TollModel", "build_network"]
+__all__ = ["NetworkName", "TollModel", "build_network", "check_finite", "plain"]
 
 NetworkName = Literal["conv", "paper28", "paper32"]
 
@@ -105,16 +105,29 @@ class TollModel(nn.Module):
         return InferenceBatch(pred_score=self.loss.score(terms, self.score_term), anomaly_map=residual)
 
     def _as_input(self, images: Tensor, names: Sequence[str] | None) -> Tensor:
-        # tv_tensors dispatch every operation through Python; the network needs a plain tensor.
-        x = images.as_subclass(Tensor) if isinstance(images, TVTensor) else images
+        x = plain(images)
         shape = getattr(self.network, "input_shape", None)
         if shape is not None and shape[0] == 1 and x.shape[1] == 3:
             x = x.mean(dim=1, keepdim=True)
         if not torch.compiler.is_compiling():
             check_input(self.network, x)
-            if not bool(x.isfinite().all()):
-                bad = [i for i, sample in enumerate(x) if not bool(sample.isfinite().all())]
-                which = f"sample(s) {bad} of the batch" if names is None else ", ".join(names[i] for i in bad)
-                msg = f"images must be finite, got NaN or infinite pixels in: {which}"
-                raise ValueError(msg)
+            check_finite(x, names)
         return x
+
+
+def plain(images: Tensor) -> Tensor:
+    """``images`` as a plain tensor: tv_tensors dispatch every operation through Python."""
+    return images.as_subclass(Tensor) if isinstance(images, TVTensor) else images
+
+
+def check_finite(images: Tensor, names: Sequence[str] | None) -> None:
+    """Refuse images of which some are not finite.
+
+    Raises:
+        ValueError: If so; it says which, by name or position in the batch.
+    """
+    if not bool(images.isfinite().all()):
+        bad = [i for i, image in enumerate(images) if not bool(image.isfinite().all())]
+        which = f"sample(s) {bad} of the batch" if names is None else ", ".join(names[i] for i in bad)
+        msg = f"images must be finite, got NaN or infinite pixels in: {which}"
+        raise ValueError(msg)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from toll_plugin.anomalib.checkpoints import check_archive, restore_components, store_components
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
+from toll_plugin.core.checks import check_image_size
 
-__all__ = ["Verbs", "is_normal", "size_of", "validation_batches"]
+__all__ = ["Verbs", "is_normal", "size_for", "size_of", "validation_batches"]
 
 
 if TYPE_CHECKING:
@@ -107,6 +108,17 @@ def size_of(pre_processor: nn.Module | bool) -> tuple[int, int] | None:
     transform = getattr(pre_processor, "transform", None)
     size = (1, 1) if transform is None else tuple(transform(torch.zeros(1, 3, 1, 1)).shape[-2:])
     return None if size == (1, 1) else size
+
+
+def size_for(image_size: object, pre_processor: nn.Module | bool) -> tuple[int, int]:
+    """``image_size`` as a pair; where it is ``None``, the size that a pre-processor resizes to, or 256.
+
+    Raises:
+        TypeError: If ``image_size`` is neither an integer nor a pair of integers.
+        ValueError: If a side is below one pixel.
+    """
+    chosen = (size_of(pre_processor) or (256, 256)) if image_size is None else image_size
+    return check_image_size("image_size", chosen)
 
 
 def is_normal(batch: Batch) -> Tensor:
