@@ -7,17 +7,17 @@ import sys
 
 from jsonargparse import auto_cli
 
-from benchmarks.deployment import deployment
-from benchmarks.experiment import list_, run, with_experiment
-from benchmarks.imports import imports
-from benchmarks.linear import linear
-from benchmarks.mixin import mixin
-from benchmarks.overhead import overhead
-from benchmarks.paper import paper
-from benchmarks.readme import readme
-from benchmarks.report import report
-from benchmarks.speed import speed
-from benchmarks.stopping import stopping
+from benchmarks.costs.deployment import deployment
+from benchmarks.costs.imports import imports
+from benchmarks.costs.overhead import overhead
+from benchmarks.costs.speed import speed
+from benchmarks.report.readme import readme
+from benchmarks.report.report import report
+from benchmarks.run.experiment import list_, run, with_experiment
+from benchmarks.studies.linear import linear
+from benchmarks.studies.mixin import mixin
+from benchmarks.studies.paper import paper
+from benchmarks.studies.stopping import stopping
 
 
 def main() -> None:

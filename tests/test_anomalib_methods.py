@@ -13,9 +13,9 @@ import timm
 import torch
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from benchmarks.anomalib_methods import EngineDetector
-from benchmarks.anomalib_models import MODELS
 from benchmarks.interfaces import Budget, Split
+from benchmarks.methods.engine import EngineDetector
+from benchmarks.methods.models import MODELS
 
 RANDOM = Budget(max_epochs=1, pretrained=False)
 #: What keeps a fit to a second.
@@ -148,7 +148,7 @@ def test_sizes_that_backbones_see(shape, size):
 
 
 def test_patchcores_bank_has_a_bound(fitted):
-    from benchmarks.anomalib_models import PATCHES, Task
+    from benchmarks.methods.models import PATCHES, Task
 
     # 64x64 pixels are 8x8 patches: 16 images have 1024.
     assert len(fitted["PatchCore"]._model.model.memory_bank) == 102

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import speed
-from benchmarks.collected import collected, read
-from benchmarks.readme import fill
-from benchmarks.records import RESULTS, finish, mean_and_error
-from benchmarks.report import markdown_table
+from benchmarks.costs import speed
+from benchmarks.report.readme import fill
+from benchmarks.report.report import markdown_table
+from benchmarks.run.collected import collected, read
+from benchmarks.run.records import RESULTS, finish, mean_and_error
 
 
 def test_paired_differences_by_hand():
@@ -29,7 +29,7 @@ def test_an_interrupted_write_leaves_the_earlier_record(tmp_path):
 
 
 def test_filling_tables_is_stable(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.readme.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.report.readme.RESULTS", tmp_path)
     (tmp_path / "digits.json").write_text(json.dumps({"table": "| new |"}))
     text = "before\n\n<!-- table: digits -->\n\nafter\n"
     once = fill(text)

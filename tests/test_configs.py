@@ -73,7 +73,7 @@ def test_config_of_a_detector(path):
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "arrhythmia"])
 def test_configs_are_the_settings_of_the_paper_benchmark(name):
-    from benchmarks.protocol import SETTINGS
+    from benchmarks.studies.protocol import SETTINGS
 
     config, settings = yaml.safe_load((CONFIGS / f"paper/{name}.yaml").read_text()), SETTINGS[name]
     if name == "arrhythmia":

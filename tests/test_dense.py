@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toll_plugin.core import DenseAutoencoder, DivergenceError, TollLoss, fit, fit_ensemble
-from toll_plugin.core.dense import DenseEnsemble
+from toll_plugin.core.training.ensemble import DenseEnsemble
 
 X = torch.randn(41, 6, generator=torch.Generator().manual_seed(1))
 HELD_OUT = torch.randn(11, 6, generator=torch.Generator().manual_seed(2))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.deployment import LAYERS, _features, _model
-from benchmarks.speed import median_seconds
+from benchmarks.costs.deployment import LAYERS, _features, _model
+from benchmarks.costs.speed import median_seconds
 
 COMPONENTS, CHANNELS, HIDDEN, LATENT = 192, 64 + 128 + 256, 1024, 32
 

@@ -16,14 +16,14 @@ from image_files import write_mnist
 from PIL import Image
 from scipy.io import savemat
 
-from benchmarks import evaluate, experiment
-from benchmarks.datasets import DATASETS, PROTOCOLS, Limits
-from benchmarks.evaluate import image_metrics, pixel_metrics, rare, spliced
-from benchmarks.experiment import EXPERIMENTS, run, with_experiment
+from benchmarks.data.datasets import DATASETS, PROTOCOLS, Limits
+from benchmarks.data.tables import find_table, halves
 from benchmarks.interfaces import Budget, Detector, Scored, Split
-from benchmarks.methods import METHODS, TableDetector, build
-from benchmarks.plan import Plan, plan_of
-from benchmarks.table_data import find_table, halves
+from benchmarks.methods.registry import METHODS, TableDetector, build
+from benchmarks.run import evaluate, experiment
+from benchmarks.run.evaluate import image_metrics, pixel_metrics, rare, spliced
+from benchmarks.run.experiment import EXPERIMENTS, run, with_experiment
+from benchmarks.run.plan import Plan, plan_of
 
 
 def split_of(name, part, protocol=PROTOCOLS[0], seed=0, limits=None, **arguments):

@@ -46,7 +46,7 @@ def test_the_core_loads_no_host():
 
 def test_image_sets_are_read_without_a_host():
     code = """
-        import sys, toll_plugin.image_sets, benchmarks.paper
+        import sys, toll_plugin.image_sets, benchmarks.studies.paper
         from torchvision import datasets
         print([m for m in ("anomalib", "lightning", "pyod", "jsonargparse") if m in sys.modules])
     """

@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 from torch import nn
 
-from benchmarks.linear import Setup, balance, detection, gains, linear, sample, theory, train
+from benchmarks.studies.linear import Setup, balance, detection, gains, linear, sample, theory, train
 from toll_plugin.core import Autoencoder, TollLoss
 
 VARIANCES = np.geomspace(4, 0.01, 10)

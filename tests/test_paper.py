@@ -11,10 +11,10 @@ import torch
 from image_files import write_arrhythmia, write_cifar, write_mnist
 from torch import nn
 
-from benchmarks import protocol
-from benchmarks.paper import _same, load, make_table, paper, parse_classes
-from benchmarks.runs import Progress, Runs, run_missing
-from benchmarks.stopping import RULES, judge, stopping
+from benchmarks.run.runs import Progress, Runs, run_missing
+from benchmarks.studies import protocol
+from benchmarks.studies.paper import _same, load, make_table, paper, parse_classes
+from benchmarks.studies.stopping import RULES, judge, stopping
 from toll_plugin.core import DenseAutoencoder
 
 DENSE = replace(protocol.SETTINGS["arrhythmia"], iterations=6, validate_every=2, batch_size=8)
@@ -235,7 +235,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     assert [runs.find(f"run{x}", {"x": x}) is not None for x in (2, 3, 4)] == [True, True, False]
     assert int(runs.weights("run3", {"x": 3})["x"]) == 3
     ran = []
-    monkeypatch.setattr("benchmarks.runs._attempt", lambda f, a: (ran.append(a), f(*a))[1])
+    monkeypatch.setattr("benchmarks.run.runs._attempt", lambda f, a: (ran.append(a), f(*a))[1])
     assert [record["square"] for record in command([2, 3, 4])] == [4, 9, 16]
     assert ran == [(4,)]
     # The label alone does not make it the same run.
@@ -284,7 +284,7 @@ def arrhythmia(tmp_path):
 
 
 def test_the_command_on_arrhythmia_and_its_evaluation(arrhythmia, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.paper._detectors", lambda *_: {"TollDetector, defaults": 0.5})
+    monkeypatch.setattr("benchmarks.studies.paper._detectors", lambda *_: {"TollDetector, defaults": 0.5})
     with pytest.raises(FileNotFoundError, match="no run of these settings is finished in"):
         paper(**arrhythmia, mode="eval")
     paper(**arrhythmia)
@@ -401,7 +401,7 @@ def test_a_worker_refuses_other_files_than_the_command_has_read(tmp_path):
 def test_dask_workers_give_what_this_process_gives(arrhythmia, tmp_path, monkeypatch):
     from dask.distributed import LocalCluster
 
-    monkeypatch.setattr("benchmarks.paper.find_spec", lambda _: None)
+    monkeypatch.setattr("benchmarks.studies.paper.find_spec", lambda _: None)
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         paper(**arrhythmia, jobs=-1, scheduler=cluster.scheduler_address)
     theirs = json.loads((tmp_path / "out.json").read_text())["runs"]

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.tv_tensors import Image
 
-from toll_plugin.anomalib import patch_model
 from toll_plugin.anomalib.checkpoints import restore_components, store_components
-from toll_plugin.anomalib.patch_model import PatchTollModel, load_backbone
+from toll_plugin.anomalib.patch_toll import torch_model as patch_model
+from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel, load_backbone
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor
 from toll_plugin.core import DenseAutoencoder, PatchAutoencoder, TollLoss
-from toll_plugin.core.patches import enlarge
+from toll_plugin.core.patches.model import enlarge
 
 
 class _Backbone(nn.Module):

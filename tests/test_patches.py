@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from toll_plugin.core import Autoencoder, DenseAutoencoder, DivergenceError, PatchAutoencoder, TollLoss, fit_patches
-from toll_plugin.core import patches as module
-from toll_plugin.core.cache import RowCache, RowSubset
-from toll_plugin.core.learners import cosine_adam
-from toll_plugin.core.patches import PreparedRows, enlarge
+from toll_plugin.core.patches import model as module
+from toll_plugin.core.patches.model import PreparedRows, enlarge
+from toll_plugin.core.rows import RowCache, RowSubset
+from toll_plugin.core.training.learners import cosine_adam
 
 
 def _generator(seed: int = 0) -> torch.Generator:

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from benchmarks.interfaces import Budget, Split
-from benchmarks.peer_networks import (
+from benchmarks.methods.peer_networks import (
     Classifier,
     Contractive,
     Memory,
@@ -23,7 +23,7 @@ from benchmarks.peer_networks import (
     standard_normal_divergence,
     transformed,
 )
-from benchmarks.peers import PEERS
+from benchmarks.methods.peers import PEERS
 from toll_plugin.core import ConvAutoencoder, DivergenceError, TollLoss, fit, terms_of
 
 AUTOENCODERS = [name for name in PEERS if name not in {"DeepSVDD", "Rotations"}]
@@ -140,7 +140,7 @@ def test_all_start_alike(monkeypatch):
         started.setdefault(len(started), {k: v.clone() for k, v in network.state_dict().items()})
         raise DivergenceError(0, None)
 
-    monkeypatch.setattr("benchmarks.peers.fit", start)
+    monkeypatch.setattr("benchmarks.methods.peers.fit", start)
     for name in PEERS:
         with pytest.raises(DivergenceError):
             _fitted(name, _split(), seed=5)
@@ -262,7 +262,7 @@ def test_contraction_contracts():
 
 def test_noise_reaches_training(monkeypatch):
     seen = []
-    monkeypatch.setattr("benchmarks.peers.fit", lambda *_args, noise, **_kwargs: seen.append(noise))
+    monkeypatch.setattr("benchmarks.methods.peers.fit", lambda *_args, noise, **_kwargs: seen.append(noise))
     _fitted("DenoisingAE", _split())
     _fitted("DenoisingAE", _split(), noise=0.3)
     _fitted("AE", _split())

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from toll_plugin.core import TargetedCollapse, TollLoss, latent_norm
-from toll_plugin.core.watching import LayerPass, find_layer, only_pass, watch_layer
+from toll_plugin.core.layers import LayerPass, find_layer, only_pass, watch_layer
 
 
 class Plain(nn.Module):

@@ -663,7 +663,8 @@ def test_one_far_row_does_not_blind_a_sparse_column():
 
 
 def test_curves_of_members_that_stopped_apart_are_averaged(monkeypatch):
-    from toll_plugin.core import fit, table_training
+    from toll_plugin.core import fit
+    from toll_plugin.core.tables import fit as table_training
 
     def one_by_one(networks, *arguments, **options):
         return [fit(network, *arguments, **options) for network in networks]

@@ -23,7 +23,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from toll_plugin.core.watching import find_layer
+from toll_plugin.core.layers import find_layer
 from toll_plugin.pyod import (
     CollapsedAE1SVM,
     CollapsedAutoEncoder,

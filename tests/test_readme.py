@@ -155,8 +155,8 @@ def test_there_are_blocks_for_every_user():
 
 
 def test_tables_are_those_of_the_records():
-    from benchmarks.readme import fill
-    from benchmarks.records import RESULTS
+    from benchmarks.report.readme import fill
+    from benchmarks.run.records import RESULTS
 
     assert {path.stem for path in RESULTS.glob("*.json")} == set(re.findall(r"<!-- table: (\w+) -->", TEXT))
     assert fill(TEXT) == TEXT

@@ -19,8 +19,8 @@ from toll_plugin.core import (
     TollLoss,
     fit_table,
 )
-from toll_plugin.core.folded import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
-from toll_plugin.core.table import TableRows
+from toll_plugin.core.tables.model import TableRows
+from toll_plugin.core.tables.scoring import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
 
 X = np.random.default_rng(0).normal(size=(50, 4))
 

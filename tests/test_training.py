@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from toll_plugin.core import Autoencoder, ConvAutoencoder, DenseAutoencoder, DivergenceError, TollLoss, fit, terms_of
-from toll_plugin.core.divergence import DivergenceGuard
+from toll_plugin.core.training.divergence import DivergenceGuard
 
 
 def _network(seed: int = 0) -> DenseAutoencoder:

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from toll_plugin._public import publish
 from toll_plugin.anomalib import collapsed
 from toll_plugin.anomalib.callbacks import RestoreBestWeights
 from toll_plugin.anomalib.collapsed import (
@@ -25,13 +26,13 @@ from toll_plugin.anomalib.datamodules import (
     MNISTOneVsRest,
     OneVsRest,
 )
-from toll_plugin.anomalib.lightning_model import Toll
 from toll_plugin.anomalib.mixin import TargetedCollapseMixin
-from toll_plugin.anomalib.patch_model import PatchTollModel
-from toll_plugin.anomalib.patch_toll import PatchToll
+from toll_plugin.anomalib.patch_toll.lightning_model import PatchToll
+from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor, TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
-from toll_plugin.anomalib.torch_model import TollModel
+from toll_plugin.anomalib.toll.lightning_model import Toll
+from toll_plugin.anomalib.toll.torch_model import TollModel
 
 __all__ = [
     "CIFAR10OneVsRest",
@@ -61,6 +62,8 @@ __all__ = [
     "TollPostProcessor",
     "TollPreProcessor",
 ]
+
+publish(__name__)
 
 # anomalib's CLI finds subclasses, but its get_model and benchmark look for attributes. Not
 # `import anomalib.models`: this also runs while that import is still under way.

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from toll_plugin.core.divergence import snapshot
+from toll_plugin.core.training.divergence import snapshot
 
 __all__ = ["TRAINING_STATE", "RestoreBestWeights"]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from toll_plugin.anomalib.mixin import TargetedCollapseMixin
-from toll_plugin.core.watching import LayerPass
+from toll_plugin.core.layers import LayerPass
 
 __all__ = [
     "CollapsedDinomaly",

@@ -13,12 +13,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from toll_plugin.anomalib.lightning_model import Toll
-from toll_plugin.anomalib.patch_toll import PatchToll
+from toll_plugin.anomalib.patch_toll.lightning_model import PatchToll
+from toll_plugin.anomalib.toll.lightning_model import Toll
 from toll_plugin.core.checks import check_integer
+from toll_plugin.core.layers import LayerPass, watch_layer
 from toll_plugin.core.penalty import COLLAPSE_ARGUMENTS, Collapsing, Pool
 from toll_plugin.core.threads import is_this_thread, this_thread
-from toll_plugin.core.watching import LayerPass, watch_layer
 
 __all__ = ["TargetedCollapseMixin"]
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.transforms.v2.functional import is_pure_tensor
 
 from toll_plugin.core.checks import check_image_size
-from toll_plugin.core.scaling import ImageScaling, contrast_range
+from toll_plugin.core.image_scaling import ImageScaling, contrast_range
 
 __all__ = ["TollPreProcessor"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from toll_plugin.core.checks import check_finite_float, check_option
+from toll_plugin.core.layers import LayerPass, find_layer, only_pass, watch_layer
 from toll_plugin.core.objective import norm_per_sample
-from toll_plugin.core.watching import LayerPass, find_layer, only_pass, watch_layer
 
 __all__ = ["COLLAPSE_ARGUMENTS", "Collapsing", "Pool", "TargetedCollapse", "WatchedLatent", "latent_norm"]
 

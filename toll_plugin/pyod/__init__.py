@@ -1,5 +1,6 @@
 """Toll for PyOD: detectors for tables. Importing this loads PyOD and torch, not anomalib."""
 
+from toll_plugin._public import publish
 from toll_plugin.pyod.collapsed import CollapsedAE1SVM, CollapsedAutoEncoder, CollapsedDeepSVDD, CollapsedVAE
 from toll_plugin.pyod.detector import TollDetector
 from toll_plugin.pyod.engine import register
@@ -16,3 +17,5 @@ __all__ = [
     "TollDetector",
     "register",
 ]
+
+publish(__name__)

@@ -12,7 +12,7 @@ from sklearn.exceptions import NotFittedError
 from typing_extensions import Self
 
 from toll_plugin.core.checks import check_option
-from toll_plugin.core.table import Floats
+from toll_plugin.core.tables.model import Floats
 
 __all__ = ["CarefulDetector"]
 

@@ -15,13 +15,13 @@ from sklearn.base import clone
 from torch import nn
 
 from toll_plugin.core.checks import check_integer, check_option
-from toll_plugin.core.learners import MakeOptimizer
 from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
 from toll_plugin.core.objective import TollLoss
-from toll_plugin.core.table import Floats, Preprocessing, TableModel
-from toll_plugin.core.table_scaling import TablePreprocessing, TableScaling
-from toll_plugin.core.table_training import Metric, fit_table
-from toll_plugin.core.training import History
+from toll_plugin.core.tables.fit import Metric, fit_table
+from toll_plugin.core.tables.model import Floats, Preprocessing, TableModel
+from toll_plugin.core.tables.scaling import TablePreprocessing, TableScaling
+from toll_plugin.core.training.fit import History
+from toll_plugin.core.training.learners import MakeOptimizer
 from toll_plugin.pyod.base import CarefulDetector
 from toll_plugin.pyod.explanation import Explanation, plot_history, plot_latent
 from toll_plugin.pyod.onnx import to_onnx
@@ -106,6 +106,7 @@ class TollDetector(CarefulDetector):
         members and the metric are this package's.
 
     Example:
+        >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 5))
         >>> detector = TollDetector(max_steps=50).fit(X)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from toll_plugin.core.checks import check_integer
-from toll_plugin.core.table import Floats, TableParts
+from toll_plugin.core.tables.model import Floats, TableParts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ class Explanation:
         names: The features' names; numbers as text where the data had none.
 
     Example:
+        >>> import numpy as np
         >>> from toll_plugin.pyod import TollDetector
         >>> X = np.random.default_rng(0).normal(size=(100, 3))
         >>> found = TollDetector(max_steps=20).fit(X).explain([[0.0, 50.0, 0.0]])

@@ -13,8 +13,8 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from toll_plugin.core.layers import LayerPass, find_layer, only_pass, watch_layer
 from toll_plugin.core.penalty import COLLAPSE_ARGUMENTS, Collapsing, TargetedCollapse, WatchedLatent
-from toll_plugin.core.watching import LayerPass, find_layer, only_pass, watch_layer
 
 __all__ = ["TargetedCollapseMixin"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from toll_plugin.core.modes import evaluating
-from toll_plugin.core.table import TableModel
-from toll_plugin.core.table_scaling import TableScaling
+from toll_plugin.core.tables.model import TableModel
+from toll_plugin.core.tables.scaling import TableScaling
 from toll_plugin.pyod.files import replacing
 
 __all__ = ["to_onnx"]

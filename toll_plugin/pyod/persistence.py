@@ -19,8 +19,8 @@ from torch import nn
 from toll_plugin import __version__
 from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
 from toll_plugin.core.objective import TollLoss
-from toll_plugin.core.table import ResidualMetric, TableModel
-from toll_plugin.core.table_scaling import TableScaling
+from toll_plugin.core.tables.model import ResidualMetric, TableModel
+from toll_plugin.core.tables.scaling import TableScaling
 from toll_plugin.pyod.files import replacing
 
 if TYPE_CHECKING:

@@ -1,0 +1,54 @@
+"""What the plugin adds to `import torch` and to `import anomalib.models`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.run.records import RESULTS, finish, provenance
+
+# torch's scan for entry points runs with or without plugins, so it is not counted.
+_TORCH = """
+import time, torch
+from importlib.metadata import entry_points
+(point,) = [p for p in entry_points(group="torch.backends") if p.name == "toll_plugin"]
+start = time.perf_counter()
+point.load()()
+print(time.perf_counter() - start)
+"""
+_ANOMALIB = """
+import time, anomalib.models
+start = time.perf_counter()
+import toll_plugin.anomalib
+print(time.perf_counter() - start)
+"""
+
+
+def _milliseconds(code: str, repeats: int) -> list[float]:
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", code]
+
+    def once() -> float:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)  # noqa: S603
+        return 1000 * float(done.stdout)
+
+    once()
+    return [once() for _ in range(repeats)]
+
+
+def imports(repeats: int = 9, output: Path = RESULTS / "imports.json") -> None:
+    """Time that registration adds, each in fresh processes.
+
+    Args:
+        repeats: Processes per measurement, after one that is not counted.
+        output: Where the record goes.
+    """
+    record = {"command": "imports", **provenance(), "repeats": repeats}
+    lines = ["| added to | median, ms | smallest | largest |", "|---|---|---|---|"]
+    for name, code in (("import torch", _TORCH), ("import anomalib.models", _ANOMALIB)):
+        times = _milliseconds(code, repeats)
+        lines.append(f"| `{name}` | {statistics.median(times):.2f} | {min(times):.2f} | {max(times):.2f} |")
+    finish(output, {**record, "table": "\n".join(lines)})

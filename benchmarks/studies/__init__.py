@@ -1,0 +1,1 @@
+"""Questions about the method, each with a protocol of its own."""

@@ -1,0 +1,416 @@
+"""The paper's five experiments: one training per class and seed, three protocols, one table."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from benchmarks.report.published import PUBLISHED
+from benchmarks.run.records import cluster, finish, provenance
+from benchmarks.run.runs import Progress, Runs, check_jobs, run_missing
+from benchmarks.studies import protocol
+from toll_plugin.core.checks import check_finite_float, check_integer
+from toll_plugin.image_sets import ImageSetName, data_root, download_image_set, read_image_set
+
+DataSet = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "arrhythmia"]
+
+#: Data set, root, the authors' indices, validation size: what :func:`load` reads.
+Source = tuple[DataSet, Path, Path | None, int]
+
+#: Label, configuration and what :func:`_run` takes first.
+Key = tuple[str, dict[str, Any], tuple[Source, str, protocol.Settings, int, int]]
+
+#: Files in the authors' folder "val IDs".
+_SPLITS = {"mnist": "mnist", "fashion_mnist": "fmnist", "cifar10": "cifar10", "cifar100": "cifar100"}
+
+_HEADS = {
+    "paper": "labelled choice (the authors')",
+    "label-free": "label-free choice",
+    "held-out loss": "lowest held-out loss",
+    "last": "last step",
+}
+
+_DETECTOR = Path(__file__).parents[2] / "configs/paper/arrhythmia.yaml"
+
+
+def paper(
+    dataset: DataSet = "mnist",
+    root: Path | None = None,
+    splits: Path | None = None,
+    seeds: int = 10,
+    classes: str | int | None = None,
+    iterations: int = 2000,
+    batch_size: int | None = None,
+    validate_every: int = 20,
+    validation_size: int = 10_000,
+    beta: float | None = None,
+    latent_dim: int | None = None,
+    lr: float | None = None,
+    bf16: bool = False,
+    mode: Literal["train", "eval"] = "train",
+    device: str = "auto",
+    jobs: int = 1,
+    scheduler: str | None = None,
+    runs: Path = Path("runs/paper"),
+    output: Path | None = None,
+) -> None:
+    """One of the paper's experiments: the authors' labelled choice of the step, two without labels, and the last step.
+
+    The label-free choice is the step that tells held-out normal samples best from splices of two of
+    them. All score the same training, whose weights and batches are the authors'. Runs that are
+    finished are kept and not run again, so a killed command goes on where it was; failed ones are
+    tried again, and the exit code is 1 while there are any.
+
+    Args:
+        dataset: Which experiment.
+        root: Folder that holds the data; TOLL_DATA_ROOT or ./datasets by default. Images lie as torchvision has
+            them, which downloads missing ones.
+        splits: Folder with the authors' indices ("val IDs" in their repository); by default as many are drawn.
+        seeds: Initial weights 0, 1, ...
+        classes: Normal classes, as 0-9 or 0,3,8; all by default.
+        iterations: Training batches.
+        batch_size: By default the authors'.
+        validate_every: Iterations between labelled validations.
+        validation_size: Validate on so many of the 10 000 images that are held out, drawn at random.
+        beta: By default the authors'.
+        latent_dim: By default the authors'.
+        lr: By default the authors'.
+        bf16: Compute in bfloat16 where torch's autocast does.
+        mode: eval scores the weights again that finished runs kept, without training, one after the other.
+        device: auto, cpu, cuda, cuda:1, ...
+        jobs: Runs at a time, also on one GPU; -1 for all cores, or all workers of a cluster.
+        scheduler: Address of a Dask scheduler whose workers take the runs; they read root and splits too.
+        runs: Where finished runs and their weights are kept.
+        output: Where the record goes; record.json beside the runs by default.
+    """
+    check_integer("seeds", seeds, minimum=1)
+    check_integer("validation_size", validation_size, minimum=2)
+    check_jobs(jobs)
+    if scheduler is None:
+        protocol.pick_device(device)
+    settings = replace(
+        protocol.SETTINGS[dataset],
+        iterations=check_integer("iterations", iterations, minimum=1),
+        validate_every=check_integer("validate_every", validate_every, minimum=1),
+        bf16=bf16,
+        **_given(batch_size=batch_size, beta=beta, latent_dim=latent_dim, lr=lr),
+    )
+    chosen = parse_classes(classes, settings.n_classes)
+    # Every process reads the files itself: sending them along with each run would cost more.
+    source = (dataset, data_root(root).resolve(), splits and splits.expanduser().resolve(), validation_size)
+    kept = Runs(runs / dataset)
+    output = output or kept.folder / "record.json"
+    for folder in (kept.folder, output.parent):
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before hours of work
+    if dataset != "arrhythmia":
+        download_image_set(_image_set(dataset), source[1])
+    _, digest = load(*source)
+    experiment = {"dataset": dataset, **asdict(settings), "validation_size": validation_size}
+    common = experiment | {"data": digest, "version": protocol.VERSION}
+    keys = [
+        (f"class{c}_seed{s}", {**common, "class": c, "seed": s}, (source, digest, settings, c, s))
+        for s in range(seeds)
+        for c in chosen
+    ]
+    split = "authors" if splits else "drawn"
+    record = {"command": "paper", **provenance(), **experiment, "seeds": seeds, "mode": mode, "split": split}
+    if mode == "eval":
+        records = _again(kept, keys, device)
+    else:
+        threads = 1 if scheduler or jobs < 1 else protocol.threads_each(jobs)
+        calls = []
+        for label, configuration, arguments in keys:
+            told = kept.path(label, configuration).with_suffix(Progress.suffix).resolve()
+            calls.append((label, configuration, (*arguments, device, threads, told)))
+        with cluster(scheduler):
+            records = run_missing(kept, _run, calls, jobs, f"paper {dataset}")
+    table = make_table(record, records)
+    failed = sorted({f"class {r['configuration']['class']}: {r['error']}" for r in records if "error" in r})
+    if failed:
+        table += "\n\nFailed, and left out: " + "; ".join(failed) + "."
+    finish(output, {**record, "table": table, "runs": _slim(records)})
+    picture = kept.folder / "paper.png"
+    if any("error" not in r for r in records):
+        plot(dataset, settings, records, picture)
+    print(f"\nrecord {output}, plot {picture}, runs and weights {kept.folder}")
+    if failed:
+        raise SystemExit(1)
+
+
+def _given(batch_size: int | None, beta: float | None, latent_dim: int | None, lr: float | None) -> dict[str, Any]:
+    """What replaces the authors' settings."""
+    given: dict[str, Any] = {}
+    for name, size in (("batch_size", batch_size), ("latent_dim", latent_dim)):
+        if size is not None:
+            given[name] = check_integer(name, size, minimum=1)
+    for name, number in (("beta", beta), ("lr", lr)):
+        if number is not None:
+            given[name] = check_finite_float(name, number, minimum=0, exclusive=name == "lr")
+    return given
+
+
+def parse_classes(classes: str | int | None, count: int) -> list[int]:
+    """``None``, ``"0-9"``, ``"0,3,8"`` or ``"8"`` as a list."""
+    if classes is None:
+        return list(range(count))
+    found: list[int] = []
+    try:
+        for item in str(classes).split(","):
+            first, dash, last = item.partition("-")
+            found += range(int(first), int(last if dash else first) + 1)
+    except ValueError:
+        found = []
+    if not found or min(found) < 0 or max(found) >= count:
+        msg = f"classes must be like 0-{count - 1} or 0,{count - 1}, within 0 to {count - 1}, got {classes!r}"
+        raise ValueError(msg)
+    return sorted(set(found))
+
+
+def _image_set(dataset: DataSet) -> ImageSetName:
+    return "cifar100_coarse" if dataset == "cifar100" else dataset
+
+
+@lru_cache(maxsize=1)
+def load(dataset: DataSet, root: Path, splits: Path | None, validation_size: int) -> tuple[protocol.Arrays, str]:
+    """The arrays of a data set, and their digest."""
+    if dataset == "arrhythmia":
+        data = protocol.arrhythmia_rows(root, splits)
+    else:
+        parts = read_image_set(_image_set(dataset), root)
+        data = {}
+        for name, part in zip(("train", "test"), parts, strict=True):
+            data |= {f"{name}_images": part.images.numpy(), f"{name}_labels": part.labels.numpy()}
+        count = len(data["train_labels"])
+        if splits is None:
+            indices = protocol.draw(count)[: min(10_000, count // 2)]
+        else:
+            indices = np.load(splits / f"10000_val_indices_{_SPLITS[dataset]}.npy")
+        # Images that are held out but not used to validate are not trained on either. Some are drawn: the
+        # authors' file for Fashion-MNIST is sorted by class.
+        drawn = np.sort(protocol.draw(len(indices))[:validation_size])
+        data |= {"val_indices": indices[drawn], "held_out": indices}
+    digest = hashlib.sha256()
+    for name, array in sorted(data.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array))
+    return data, digest.hexdigest()[:16]
+
+
+def _parts(data: protocol.Arrays, settings: protocol.Settings, normal_class: int) -> protocol.Parts:
+    make = protocol.image_parts if "val_indices" in data else protocol.table_parts
+    return make(data, settings, normal_class)
+
+
+def _same(source: Source, digest: str) -> protocol.Arrays:
+    """The arrays, if they are those that the command has read."""
+    data, found = load(*source)
+    if found != digest:
+        load.cache_clear()  # a worker may outlive the files it has read
+        data, found = load(*source)
+    if found != digest:
+        msg = f"{source[0]} in {source[1]} is not what the command was given: its digest is {found}, not {digest}"
+        raise ValueError(msg)
+    return data
+
+
+def _run(
+    source: Source,
+    digest: str,
+    settings: protocol.Settings,
+    normal_class: int,
+    seed: int,
+    device: str,
+    threads: int,
+    told: Path,
+) -> tuple[dict[str, Any], Any]:
+    data = _same(source, digest)
+    result, weights = protocol.train(
+        _parts(data, settings, normal_class),
+        settings,
+        seed,
+        normal_class,
+        device=device,
+        threads=threads,
+        on_iteration=Progress(told, settings.iterations),
+    )
+    authors = protocol.SETTINGS["arrhythmia"]
+    if replace(settings, iterations=authors.iterations, validate_every=authors.validate_every) == authors and find_spec(
+        "pyod"
+    ):
+        result["detectors"] = _detectors(data, settings.iterations, seed)
+    return result, weights
+
+
+def _detectors(data: protocol.Arrays, iterations: int, seed: int) -> dict[str, float]:
+    """Test F1 of TollDetector with the authors' settings and with its own."""
+    from toll_plugin.pyod import TollDetector
+
+    rows = np.concatenate([data["test_normal"], data["test_anomalous"]])
+    anomalous = np.arange(len(rows)) >= len(data["test_normal"])
+    authors = yaml.safe_load(_DETECTOR.read_text())["init_args"]
+    found = {}
+    for name, arguments in (
+        ("TollDetector, the authors' settings", authors | {"max_steps": iterations}),
+        ("TollDetector, defaults", {}),
+    ):
+        detector = TollDetector(**arguments, random_state=seed).fit(data["train_normal"])
+        found[name] = protocol.f1_at_known_rate(anomalous, detector.decision_function(rows))
+    return found
+
+
+def _again(kept: Runs, keys: Sequence[Key], device: str) -> list[dict[str, Any]]:
+    """Finished runs with their kept weights scored again; what is not finished is said.
+
+    Raises:
+        FileNotFoundError: If none is.
+    """
+    found: list[dict[str, Any]] = []
+    missing: list[str] = []
+    for label, configuration, (source, digest, settings, normal_class, _) in keys:
+        record = kept.find(label, configuration)
+        if record is None:
+            missing.append(label)
+            continue
+        parts = _parts(_same(source, digest), settings, normal_class)
+        scored = protocol.score(parts, settings, kept.weights(label, configuration), device)
+        for result in record["protocols"].values():
+            result.update(scored[result["step"]])
+        found.append(record)
+    if missing:
+        print(f"not finished with these settings in {kept.folder}: {', '.join(missing)}")
+    if not found:
+        msg = f"no run of these settings is finished in {kept.folder}: run without mode=eval first"
+        raise FileNotFoundError(msg)
+    return found
+
+
+def _slim(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what all of a table share; the files of the runs have it whole."""
+    shared = ("configuration", "traceback", "weights")
+    return [
+        {"class": r["configuration"]["class"], "seed": r["configuration"]["seed"]}
+        | {name: value for name, value in r.items() if name not in shared}
+        for r in records
+    ]
+
+
+def _cell(values: Sequence[float]) -> str:
+    """Mean and standard deviation in per cent; over seeds as the authors take it, with n below."""
+    if not values:
+        return ""
+    spread = f" ± {100 * statistics.pstdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def make_table(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+    """A line per class, empty where it was not run, and beside it what others published."""
+    done = [run for run in records if "error" not in run]
+    dataset = record["dataset"]
+    if dataset == "arrhythmia":
+        return _arrhythmia_table(record, done)
+    settings = protocol.SETTINGS[dataset]
+    by: dict[tuple[str, int], list[float]] = {}
+    for run in done:
+        for name, result in run["protocols"].items():
+            by.setdefault((name, run["configuration"]["class"]), []).append(result["total"])
+    lines = [f"| normal class, test {settings.metric} in % | " + " | ".join(_HEADS.values()) + " | seeds |"]
+    lines.append("|---" * (len(_HEADS) + 2) + "|")
+    ran = [c for c in range(settings.n_classes) if ("last", c) in by]
+    for c in range(settings.n_classes):
+        count = str(len(by["last", c])) if c in ran else ""
+        lines.append(f"| {c} | " + " | ".join(_cell(by.get((name, c), [])) for name in _HEADS) + f" | {count} |")
+    if ran:
+        which = "all classes" if len(ran) == settings.n_classes else f"the classes that were run ({len(ran)})"
+        means = [_cell([statistics.mean(by[name, c]) for c in ran]).split(" ±")[0] for name in _HEADS]
+        lines.append(f"| mean over {which} | " + " | ".join(means) + " | |")
+    lines.append("")
+    lines.append(_budget(record, done))
+    if dataset in PUBLISHED:
+        peers = ", ".join(f"{name} {value:.1f}" for name, value in PUBLISHED[dataset].items())
+        text = "Published by others, not measured here, each by its own selection; means over all classes, so not to be"
+        lines += ["", f"{text} compared with a mean over some: {peers}."]
+    return "\n".join(lines)
+
+
+def _budget(record: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
+    """What was spent, and whether that is what the authors spend."""
+    settings = asdict(protocol.SETTINGS[record["dataset"]])
+    images = record["dataset"] != "arrhythmia"
+    full = all(record[name] == value for name, value in settings.items() if name != "bf16")
+    full = full and (record["validation_size"] >= 10_000 or not images)
+    whose = "the authors'" if record["split"] == "authors" else "drawn"
+    held_out = f"on {min(record['validation_size'], 10_000)} of {whose} 10 000" if images else f"on {whose} rows"
+    text = ("The authors' full budget" if full else "A reduced budget, not the authors'") + (
+        f": {record['iterations']} iterations of {record['batch_size']}, beta {record['beta']:g}, latent size "
+        f"{record['latent_dim']}, learning rate {record['lr']:g}, "
+        f"validated every {record['validate_every']} {held_out}, "
+        f"{'bfloat16 autocast' if record['bf16'] else 'single precision'}"
+    )
+    if not done:
+        return f"{text}."
+    steps = {name: statistics.median(r["protocols"][name]["step"] for r in done) for name in _HEADS}
+    seconds = statistics.median(sum(r["seconds"].values()) for r in done)
+    devices = ", ".join(sorted({f"{r['device']} with {r['threads']} thread(s)" for r in done}))
+    return (
+        f"{text}; {seconds:.0f} s a run (median) on {devices}; "
+        f"median step chosen: {steps['paper']:g} with labels, {steps['label-free']:g} without."
+    )
+
+
+def _arrhythmia_table(record: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
+    lines = ["| how | test F1, % | smallest | largest | seeds |", "|---|---|---|---|---|"]
+    rows = {head: [r["protocols"][name]["total"] for r in done] for name, head in _HEADS.items()}
+    for run in done:
+        for name, value in run.get("detectors", {}).items():
+            rows.setdefault(name, []).append(value)
+    for name, values in rows.items():
+        if values:
+            worst, best = 100 * min(values), 100 * max(values)
+            lines.append(f"| {name} | {_cell(values)} | {worst:.1f} | {best:.1f} | {len(values)} |")
+    return "\n".join([*lines, "", _budget(record, done)])
+
+
+def plot(dataset: str, settings: protocol.Settings, records: Sequence[dict[str, Any]], path: Path) -> None:
+    """The test metric by class and choice of the step, and what the labelled and the label-free choice go by."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    done = [record for record in records if "error" not in record]
+    unit = "seed" if dataset == "arrhythmia" else "class"
+    values = sorted({record["configuration"][unit] for record in done})
+    colours = {value: f"C{i % 10}" for i, value in enumerate(values)}
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    places = zip((-0.24, -0.08, 0.08, 0.24), "o^sD", _HEADS.items(), strict=True)
+    for offset, marker, (name, head) in places:
+        x = [record["configuration"][unit] + offset for record in done]
+        y = [100 * record["protocols"][name]["total"] for record in done]
+        left.plot(x, y, marker, color="0.35", fillstyle="none" if marker == "o" else "full", label=head, alpha=0.7)
+    panels = ((middle, "paper", "validation", 1), (right, "label-free", "synthetic", -1))
+    for panel, name, key, sign in panels:
+        for record in done:
+            found = {step["step"]: 100 * (step[key] if sign > 0 else 1 - step[key]) for step in record["trace"]}
+            colour = colours[record["configuration"][unit]]
+            panel.plot(list(found), list(found.values()), ".-", color=colour, alpha=0.5)
+            chosen = record["protocols"][name]["step"]
+            panel.plot([chosen], [found[chosen]], "*", color=colour, markersize=12)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for value in values[:10]:
+        middle.plot([], [], color=colours[value], label=f"{unit} {value}")
+    left.set(xlabel=f"normal {unit}" if unit == "class" else unit, ylabel=f"test {settings.metric}, %", title=dataset)
+    left.set_xticks(values)
+    left.legend(fontsize="small")
+    middle.set(xlabel="iteration", ylabel=f"validation {settings.metric}, %", title="labelled choice (star)")
+    middle.legend(fontsize="small")
+    right.set(xlabel="iteration", ylabel="AUROC against spliced samples, %", title="label-free choice (star)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,1 @@
+"""PatchToll, on the features of a pretrained backbone."""

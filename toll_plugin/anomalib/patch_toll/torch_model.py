@@ -1,0 +1,190 @@
+"""The torch model of PatchToll: images in, a frozen backbone's features, a map and its maximum out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.models.components import TimmFeatureExtractor
+from sklearn.exceptions import NotFittedError
+from torch import Tensor, nn
+from torch.nn import functional
+
+from toll_plugin.anomalib.toll.torch_model import check_finite, plain
+from toll_plugin.core.patches.model import PatchAutoencoder, enlarge
+
+__all__ = ["PatchTollModel", "load_backbone"]
+
+
+class PatchTollModel(nn.Module):
+    r"""A frozen backbone, and a :class:`toll_plugin.core.PatchAutoencoder` at each position of its features.
+
+    Each layer's features are averaged over a small neighbourhood and brought to one grid, with a
+    position for each ``stride`` pixels; the score of each position is enlarged to the image and
+    smoothed. The score of an image is the maximum of its map, so an image is flagged exactly where
+    one of its pixels is.
+
+    Args:
+        backbone: Frozen; from images to a dictionary of feature maps ``(N, C_l, H_l, W_l)``.
+        patches: Of as many channels as the layers have together.
+        neighbourhood: Side of the average, odd, in cells of each layer's own grid.
+        stride: Pixels from one position to the next.
+        sigma: Standard deviation of the map's smoothing, in pixels.
+
+    Shape:
+        Images ``(N, 3, H, W)``, already scaled. In evaluation mode an ``InferenceBatch`` with
+        ``anomaly_map`` ``(N, 1, H, W)`` and ``pred_score`` ``(N,)``; in training mode the features
+        ``(N, C, h, w)``, C the sum of the layers' channels, ``h`` and ``w`` a ``stride``-th of the
+        size, rounded up.
+
+    Raises:
+        NotFittedError: If it is asked for scores before a fit or a checkpoint gave it weights.
+        ValueError: If images are not finite or have other than three channels.
+    """
+
+    is_fitted: Tensor
+
+    def __init__(
+        self,
+        backbone: TimmFeatureExtractor,
+        patches: PatchAutoencoder,
+        neighbourhood: int = 3,
+        stride: int = 8,
+        sigma: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.patches = backbone, patches
+        self.neighbourhood, self.stride, self.sigma = neighbourhood, stride, sigma
+        self.register_buffer("is_fitted", torch.tensor(data=False))
+
+    def forward(self, images: Tensor, names: Sequence[str] | None = None) -> Tensor | InferenceBatch:
+        """Features in training mode, predictions in evaluation mode; ``names`` are for error messages."""
+        if self.training:
+            return self.embed(images, names)
+        if not torch.compiler.is_compiling() and not bool(self.is_fitted):
+            msg = "this PatchToll is not fitted yet: train it, or load a checkpoint"
+            raise NotFittedError(msg)
+        features = self.embed(images, names).to(self.patches.mean.dtype)
+        with _no_autocast(features):
+            return self.predict(self.patches(features), (images.shape[-2], images.shape[-1]))
+
+    def predict(self, scores: Tensor, size: tuple[int, int]) -> InferenceBatch:
+        """Score and anomaly map of images of ``size`` from the scores of their positions."""
+        anomaly_map = enlarge(scores, size, self.sigma)
+        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+
+    def embed(self, images: Tensor, names: Sequence[str] | None = None) -> Tensor:
+        """Features of each position, neighbours averaged, all layers on one grid."""
+        x = plain(images)
+        if not torch.compiler.is_compiling():
+            if x.ndim != 4 or x.shape[1] != 3:
+                msg = f"images must have shape (N, 3, height, width), got {tuple(x.shape)}"
+                raise ValueError(msg)
+            check_finite(x, names)
+        grid = (-(-x.shape[-2] // self.stride), -(-x.shape[-1] // self.stride))
+        layers: dict[Any, Tensor] = self.backbone(x)
+        features = torch.cat([self._on_grid(features, grid) for features in layers.values()], dim=1)
+        if features.shape[1] != len(self.patches.mean):
+            shapes = ", ".join(str(tuple(found.shape)) for found in layers.values())
+            msg = f"backbone must give maps (N, channels, height, width), got {shapes} of {self.backbone.backbone}"
+            raise ValueError(msg)
+        return features
+
+    def _on_grid(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        side = self.neighbourhood
+        features = functional.avg_pool2d(features, side, 1, side // 2, count_include_pad=False)
+        finer = min(features.shape[-2] // grid[0], features.shape[-1] // grid[1])
+        if finer > 1:
+            features = functional.avg_pool2d(features, finer)
+        if tuple(features.shape[-2:]) == grid:
+            return features
+        return functional.interpolate(features, grid, mode="bilinear", align_corners=False)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Where half precision was asked for it serves the backbone: eight bits would tie scores and move the threshold."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def load_backbone(backbone: TimmFeatureExtractor, weights_path: str | Path | None) -> None:
+    """Give ``backbone`` pretrained weights, from a file or by timm, which downloads them.
+
+    Args:
+        backbone: Made by name, with any weights.
+        weights_path: A state dict as ``torch.save`` or safetensors writes it, of the whole network
+            or up to the last layer that is used; ``None`` for timm's.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no state dict, or lacks a weight or has one of another shape or one not finite.
+        OSError: If timm can neither find the weights nor download them.
+    """
+    network = backbone.feature_extractor
+    state = _downloaded(backbone) if weights_path is None else _read(Path(weights_path))
+    given = {_flat(name): value for name, value in state.items()}
+    # Files from torchvision lack the counts of batches, which a frozen network does not use.
+    wanted = {
+        name: value
+        for name, value in network.state_dict().items()
+        if _flat(name) in given or not name.endswith(".num_batches_tracked")
+    }
+    wrong = [name for name, value in wanted.items() if getattr(given.get(_flat(name)), "shape", None) != value.shape]
+    if wrong:
+        msg = (
+            f"weights_path must have all weights of {backbone.backbone} up to {backbone.layers[-1]}, "
+            f"but {weights_path} lacks {wrong[0]} or has it in another shape ({len(wrong)} of {len(wanted)} such)"
+        )
+        raise ValueError(msg)
+    damaged = [name for name in wanted if not bool(given[_flat(name)].isfinite().all())]
+    if damaged:
+        msg = f"weights_path must hold finite weights, but {damaged[0]} of {weights_path} has NaN or infinity"
+        raise ValueError(msg)
+    network.load_state_dict({name: given[_flat(name)] for name in wanted}, strict=False)
+
+
+def _flat(name: str) -> str:
+    """Of a network that gives features timm renames some children, ``stages.0`` to ``stages_0``."""
+    return name.replace(".", "_")
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        msg = f"weights_path must be a file with the backbone's weights, got {path}, which is none"
+        raise FileNotFoundError(msg)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # noqa: PLC0415  only where such a file is given
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the readers have no error in common, least of all on damaged files
+        msg = f"weights_path must be a state dict that loads with weights_only, got {path}: {error}"
+        raise ValueError(msg) from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        msg = f"weights_path must be a state dict, got {path}, which holds something else"
+        raise ValueError(msg)
+    return state
+
+
+def _downloaded(backbone: TimmFeatureExtractor) -> Mapping[str, Tensor]:
+    try:
+        with torch.random.fork_rng(devices=[]):  # it draws weights before it reads them
+            pretrained = TimmFeatureExtractor(backbone.backbone, backbone.layers, pre_trained=True)
+    except Exception as error:  # the hub's clients have no error in common
+        msg = (
+            f"the pretrained weights of {backbone.backbone} are neither on this machine nor to be downloaded "
+            f"({type(error).__name__}: {error}): pass weights_path, a file of them, "
+            "or pre_trained=False for random ones"
+        )
+        raise OSError(msg) from error
+    state: Mapping[str, Tensor] = pretrained.feature_extractor.state_dict()
+    return state

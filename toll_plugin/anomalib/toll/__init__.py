@@ -1,0 +1,1 @@
+"""Toll, on the pixels of an image."""

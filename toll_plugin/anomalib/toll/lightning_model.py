@@ -1,0 +1,322 @@
+"""Toll as an anomalib model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from anomalib.data import Batch
+from anomalib.metrics.evaluator import Evaluator
+from anomalib.models.components.base import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from toll_plugin.anomalib.base import Verbs, is_normal, size_for, validation_batches
+from toll_plugin.anomalib.callbacks import TRAINING_STATE, RestoreBestWeights
+from toll_plugin.anomalib.post_processor import TollPostProcessor
+from toll_plugin.anomalib.pre_processor import TollPreProcessor
+from toll_plugin.anomalib.toll.torch_model import NetworkName, TollModel, build_network
+from toll_plugin.core.checks import check_finite_float, check_integer, check_option
+from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
+from toll_plugin.core.modes import batch_norm_fits, evaluating
+from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
+from toll_plugin.core.training.divergence import DivergenceGuard
+
+__all__ = ["Toll"]
+
+_logger = logging.getLogger(__name__)
+
+_OWN_NETWORK = "toll_own_network"
+_TRAIN_LOGS = ("train_loss", "train_reconstruction", "train_latent")
+
+
+class Toll(Verbs, AnomalibModule):
+    r"""Targeted collapse regularised autoencoder for images.
+
+    Trains :math:`\frac1N\sum_i \|x_i - \hat x_i\| + \beta\|z_i\|` on normal images and scores
+    with the same sum per image; the anomaly map is the residual alone, see :class:`TollModel`.
+
+    Where the data have a validation split, ``val_loss`` is the loss of its normal images (all
+    images, where it has no labels): no anomaly is used. Training stops by it and the weights of
+    its lowest epoch are the ones that every later step uses, see :class:`RestoreBestWeights`.
+
+    Args:
+        image_size: ``(height, width)`` in pixels the image is resized to, or one integer.
+            Default: that of a ``pre_processor`` you pass, else 256. ``network="conv"`` takes any
+            size from 8; the authors' take theirs.
+        in_channels: 3 (default), or 1 for grey images: the model averages the three channels
+            that anomalib's batches always have.
+        latent_dim: Length of the latent. Default 32.
+        network: ``"conv"`` (default), or the authors' ``"paper28"`` (28x28, one channel) or
+            ``"paper32"`` (32x32, three channels).
+        encoder: A module of your own from ``(N, in_channels, H, W)`` to ``(N, *)``; needs a
+            ``decoder`` and replaces ``network`` and ``latent_dim``. A checkpoint does not store
+            it: pass both to ``load_from_checkpoint`` again.
+        decoder: Its counterpart.
+        beta: Weight of the latent norm, at least 0, in input units per latent unit. Default
+            0.01; see the README on choosing it.
+        exponent: Of both norms, 1 (default, the authors' code) or 2.
+        score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"`` alone.
+        lr: Learning rate of Adam, more than 0. Default 1e-3.
+        scaling: ``"unit"`` (default, pixels in [0, 1]), ``"imagenet"``, or the authors'
+            ``"paper_mnist"``, ``"paper_fashion_mnist"``, ``"paper_cifar"``.
+        scaling_range: ``(minimum, maximum)`` for ``"paper_cifar"``, see
+            :func:`toll_plugin.core.contrast_range`. Default: that of the training images as they
+            are loaded, measured when the first fit begins, logged, stored in checkpoints and kept.
+        restore_best_weights: Use the weights of the lowest ``val_loss``. Default true.
+        patience: Validations (epochs, unless the trainer validates less often) without a lower
+            ``val_loss`` before training stops, unless the trainer has an ``EarlyStopping`` of its
+            own. Default 20; ``None`` never stops.
+        max_epochs: Overrides the trainer's, for callers without a trainer section such as
+            ``anomalib benchmark``. Default ``None``.
+        seed: Of the initial weights; the global generator is not used then. Default ``None``.
+        pre_processor: True (default) resizes and scales as above. With one of your own, or
+            ``False``, leave ``scaling`` alone.
+        post_processor: True (default) is :class:`TollPostProcessor`.
+        evaluator: True (default) tests image and pixel AUROC and F1.
+        visualizer: True (default) writes heat maps in test and predict.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If it is out of range, or network, size and channels do not fit together.
+
+    Source:
+        arXiv 2306.12627.
+
+    Example:
+        >>> import torch
+        >>> model = Toll(image_size=28, in_channels=1, beta=1.0, seed=0).eval()
+        >>> model(torch.rand(2, 3, 100, 80)).pred_score.shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        latent_dim: int = 32,
+        network: NetworkName = "conv",
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        beta: float = 0.01,
+        exponent: int = 1,
+        score_term: ScoreTerm = "total",
+        lr: float = 1e-3,
+        scaling: str = "unit",
+        scaling_range: tuple[float, float] | None = None,
+        restore_best_weights: bool = True,
+        patience: int | None = 20,
+        max_epochs: int | None = None,
+        seed: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        # The base class records these variables as hyperparameters, which must be plain data to
+        # load under weights_only: numbers are made Python's own, and modules are taken out.
+        beta = check_finite_float("beta", beta, minimum=0)
+        lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
+        exponent = check_integer("exponent", exponent, minimum=1)
+        latent_dim = check_integer("latent_dim", latent_dim, minimum=1)
+        in_channels = check_integer("in_channels", in_channels, minimum=1)
+        patience = None if patience is None else check_integer("patience", patience, minimum=1)
+        max_epochs = None if max_epochs is None else check_integer("max_epochs", max_epochs, minimum=1)
+        seed = None if seed is None else check_integer("seed", seed, minimum=0)
+        check_option("in_channels", in_channels, (1, 3))
+        check_option("score_term", score_term, get_args(ScoreTerm))
+        check_option("network", network, get_args(NetworkName))
+        if isinstance(pre_processor, TollPreProcessor):
+            scaling, scaling_range = pre_processor.scaling, pre_processor.scaling_range
+        elif pre_processor is not True and (scaling, scaling_range) != ("unit", None):
+            msg = f"scaling reaches the default pre_processor only, got scaling={scaling!r} and another pre_processor"
+            raise ValueError(msg)
+        image_size = size_for(image_size, pre_processor)
+        if pre_processor is True:
+            pre_processor = TollPreProcessor(image_size, scaling, scaling_range)
+            scaling_range = pre_processor.scaling_range
+        modules = (encoder, decoder)
+        encoder = decoder = None
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.lr = lr
+        self.patience = patience
+        self.max_epochs = max_epochs
+        self.findings: list[Finding] = []
+        self.model: TollModel = TollModel(
+            build_network(network, *modules, (in_channels, *image_size), latent_dim, seed),
+            TollLoss(beta, exponent=exponent),
+            score_term,
+        )
+        self.val_loss, self.val_reconstruction, self.val_latent = MeanMetric(), MeanMetric(), MeanMetric()
+        self._image_size = image_size
+        self._own_network = modules != (None, None)
+        self._best_weights = RestoreBestWeights("val_loss") if restore_best_weights else None
+        self._guard: DivergenceGuard | None = None
+        self._train_sums, self._train_count = torch.zeros(3, dtype=torch.float64), 0
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No sanity check, which would set a threshold from untrained scores; ``max_epochs`` if given."""
+        return {"num_sanity_val_steps": 0} | ({} if self.max_epochs is None else {"max_epochs": self.max_epochs})
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> TollPreProcessor:
+        """The default pre-processor at the default scaling."""
+        return TollPreProcessor(image_size or (256, 256))
+
+    def configure_post_processor(self) -> TollPostProcessor:
+        """The default post-processor."""
+        return TollPostProcessor()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Those of anomalib, model selection, and early stopping where the trainer has none."""
+        callbacks = list(super().configure_callbacks())
+        if self._best_weights is not None:
+            callbacks.append(self._best_weights)
+        callbacks_there = self.trainer.callbacks
+        theirs = [c for c in callbacks_there if isinstance(c, EarlyStopping) and not isinstance(c, _StopByValLoss)]
+        if self.patience is not None and not theirs:
+            # Not strict: without a validation split there is no val_loss, and nothing to stop by.
+            callbacks.append(_StopByValLoss("val_loss", patience=self.patience, strict=False))
+        return callbacks
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, as the authors."""
+        return torch.optim.Adam(self.model.parameters(), lr=self.lr)
+
+    def on_fit_start(self) -> None:
+        """Start watching for divergence; measure the scaling's range if it was left open."""
+        super().on_fit_start()
+        self._guard = DivergenceGuard(self.model)
+        if isinstance(self.pre_processor, TollPreProcessor) and self.pre_processor.is_open:
+            self.pre_processor.close(self._measured_range(self.pre_processor))
+            _logger.info("scaling_range of the training images: %s", self.pre_processor.scaling_range)
+
+    def _measured_range(self, pre_processor: TollPreProcessor) -> tuple[float, float]:
+        self.trainer.fit_loop.setup_data()  # before any batch is scaled, so before Lightning does it
+        ranges = [pre_processor.measure(batch.image) for batch in self.trainer.train_dataloader]
+        low, high = torch.tensor(ranges, device=self.trainer.strategy.root_device).T
+        # Each process has its share of the images.
+        found = self.all_gather(torch.stack([low.min(), -high.max()])).view(-1, 2).amin(dim=0)
+        return float(found[0]), -float(found[1])
+
+    def on_train_epoch_start(self) -> None:
+        """Remember the weights in case the epoch diverges."""
+        super().on_train_epoch_start()
+        self._train_sums, self._train_count = torch.zeros(3, dtype=torch.float64), 0
+        if self._guard is not None:
+            self._guard.keep(self.global_step)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch of normal images.
+
+        Raises:
+            ValueError: If an image is not finite or does not fit the network.
+            DivergenceError: If the loss is not finite; the weights of the epoch's start are
+                put back.
+        """
+        del batch_idx
+        with batch_norm_fits(self.model, len(batch.image)):
+            terms: TollTerms = self.model(batch.image, batch.image_path)
+        loss = self.model.loss.score(terms).mean()
+        means = torch.stack([loss, terms.reconstruction.mean(), terms.latent.mean()]).detach().cpu().double()
+        if self._guard is not None:
+            self._guard.check(self.global_step, **dict(zip(_TRAIN_LOGS, means.tolist(), strict=True)))
+        self._train_sums += means * len(batch.image)
+        self._train_count += len(batch.image)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means; Lightning's logging at each step costs more than a small network's step."""
+        super().on_train_epoch_end()
+        means = (self._train_sums / self._train_count).float().to(self.device)
+        self.log_dict(dict(zip(_TRAIN_LOGS, means, strict=True)), prog_bar=True, sync_dist=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Predictions of a batch, and the loss of its normal images."""
+        del batch_idx
+        x, reconstruction, terms = self.model.reconstruct(batch.image, batch.image_path)
+        normal = is_normal(batch)
+        if normal.any():
+            self.val_loss.update(self.model.loss.score(terms)[normal])
+            self.val_reconstruction.update(terms.reconstruction[normal])
+            self.val_latent.update(terms.latent[normal])
+        return batch.update(**self.model.predict(x, reconstruction, terms)._asdict())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val_loss`` and its terms, where there was a normal image."""
+        super().on_validation_epoch_end()
+        for name in ("val_loss", "val_reconstruction", "val_latent"):
+            metric: MeanMetric = getattr(self, name)
+            # All processes have to compute, or those that do wait for the others.
+            if metric.update_called or self.trainer.world_size > 1:
+                value = metric.compute()
+                if bool(value.isnan()) and not metric.update_called:
+                    continue  # no process has seen a normal image
+                if self._guard is not None:
+                    self._guard.check(self.global_step, **{name: float(value)})
+                self.log(name, value, prog_bar=name == "val_loss")
+                metric.reset()
+
+    def on_fit_end(self) -> None:
+        """Look for the method's failure signatures in the weights that were chosen."""
+        super().on_fit_end()
+        if self._guard is not None:
+            self._guard.keep(self.global_step)
+            self._guard = None
+        if self.trainer.fast_dev_run:
+            return
+        self.findings = self._diagnose()
+        if self.trainer.is_global_zero:
+            warn(self.findings)
+
+    def _diagnose(self) -> list[Finding]:
+        monitor = CollapseMonitor()
+        with evaluating(self.model), torch.no_grad():
+            for batch in validation_batches(self):
+                x, _, terms = self.model.reconstruct(batch.image)
+                monitor.update(x, terms, ~is_normal(batch), exponent=self.model.loss.exponent)
+        # Where the score has no latent term it need not separate anything.
+        scored = self.model.loss.beta > 0 and self.model.score_term != "reconstruction"
+        return [f for f in monitor.findings() if scored or f.signature != "latent_does_not_separate"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Choose the weights, and note what hyperparameters cannot hold."""
+        super().on_save_checkpoint(checkpoint)
+        if self._best_weights is not None and self._trainer is not None:
+            self._best_weights.on_save_checkpoint(self.trainer, self, checkpoint)
+        checkpoint[_OWN_NETWORK] = self._own_network
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what the model cannot become, and fit it to what it can.
+
+        Raises:
+            ValueError: If the checkpoint was trained with modules that were not passed.
+        """
+        if checkpoint.get(_OWN_NETWORK, False) and not self._own_network:
+            msg = (
+                "the checkpoint was trained with an encoder and a decoder of your own, which it does not store: "
+                "pass encoder and decoder to Toll, or to load_from_checkpoint"
+            )
+            raise ValueError(msg)
+        super().on_load_checkpoint(checkpoint)
+        resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if resumes and self._best_weights is None and TRAINING_STATE in checkpoint:
+            checkpoint["state_dict"] = checkpoint[TRAINING_STATE]
+
+
+class _StopByValLoss(EarlyStopping):
+    """The model's own early stopping, told apart from a user's."""

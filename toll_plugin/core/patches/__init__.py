@@ -1,0 +1,1 @@
+"""Feature maps, position by position."""

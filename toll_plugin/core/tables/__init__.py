@@ -1,0 +1,1 @@
+"""Tables: from the raw rows to a fitted model and its scores."""

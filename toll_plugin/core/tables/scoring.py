@@ -1,0 +1,122 @@
+"""A dense autoencoder in evaluation mode as a few matrix products in double precision.
+
+The last bits of a matrix product depend on how many rows it has, because the libraries choose
+another kernel for another size. Rows therefore always go through in blocks of :data:`BLOCK`, the
+last filled up with zeros, so that a row's result does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from toll_plugin.core.networks import DenseAutoencoder
+from toll_plugin.core.tables.scaling import Floats
+from toll_plugin.core.training.ensemble import blocks
+
+__all__ = ["BLOCK", "FoldedAutoencoder", "ModuleAutoencoder", "in_blocks"]
+
+BLOCK = 8
+
+
+def in_blocks(x: Floats) -> Floats:
+    """``x``, shape ``(N, n_features)``, with rows of zeros added up to a multiple of :data:`BLOCK`."""
+    missing = -len(x) % BLOCK
+    return np.concatenate([x, np.zeros((missing, x.shape[1]))]) if missing else x
+
+
+class FoldedAutoencoder:
+    """BatchNorm folded into the linear layers, in NumPy and double precision.
+
+    Args:
+        network: Whose weights and running statistics are copied.
+
+    Attributes:
+        largest: Weights of the largest layer.
+
+    Shape:
+        ``(N, n_features)``, N a multiple of :data:`BLOCK` (see :func:`in_blocks`), to
+        reconstructions ``(N, n_features)`` and latents ``(N, latent_dim)``.
+
+    Example:
+        >>> network = DenseAutoencoder(6, (8,), 2)
+        >>> reconstruction, latent = FoldedAutoencoder(network)(np.zeros((8, 6)))
+        >>> reconstruction.shape, latent.shape
+        ((8, 6), (8, 2))
+    """
+
+    def __init__(self, network: DenseAutoencoder) -> None:
+        self._encoder, self._decoder = _fold(network.encoder), _fold(network.decoder)
+        self.largest = max(weight.size for weight, *_ in (*self._encoder, *self._decoder))
+
+    def __call__(self, x: Floats) -> tuple[Floats, Floats]:
+        """Return reconstructions and latents."""
+        latent = _run(self._encoder, x.reshape(-1, BLOCK, x.shape[1]))
+        reconstruction = _run(self._decoder, latent)
+        return reconstruction.reshape(x.shape), latent.reshape(len(x), -1)
+
+
+_Stack = list[tuple[Floats, Floats, bool]]
+
+
+def _run(stack: _Stack, x: Floats) -> Floats:
+    for weight, bias, rectify in stack:
+        x = np.matmul(x, weight)
+        x += bias
+        if rectify:
+            np.maximum(x, 0, out=x)
+    return x
+
+
+def _fold(stack: nn.Module) -> _Stack:
+    folded: _Stack = []
+    for linear, *rest in blocks(stack):
+        weight, bias = _numpy(linear.weight), _numpy(linear.bias)
+        for module in rest:
+            if isinstance(module, nn.BatchNorm1d):
+                gain = _numpy(module.weight) / np.sqrt(_numpy(module.running_var) + module.eps)
+                weight = weight * gain[:, None]
+                bias = (bias - _numpy(module.running_mean)) * gain + _numpy(module.bias)
+        folded.append((np.ascontiguousarray(weight.T), bias, bool(rest)))
+    return folded
+
+
+def _numpy(tensor: Any) -> Floats:
+    array: Floats = tensor.detach().cpu().double().numpy()
+    return array
+
+
+class ModuleAutoencoder:
+    """Modules of a user's own in evaluation mode and double precision, called block by block.
+
+    Args:
+        network: A copy in double precision is kept, on the CPU.
+        block: Rows per call; fixed for the same reason as :data:`BLOCK`, and a multiple of it.
+
+    Attributes:
+        largest: Without bound, since what the modules compute is not known.
+    """
+
+    largest = sys.maxsize
+
+    def __init__(self, network: nn.Module, block: int = 128) -> None:
+        # Evaluation mode once and for all: threads that score at once share it.
+        self._network, self._block = copy.deepcopy(network).cpu().double().eval(), block
+
+    def __call__(self, x: Floats) -> tuple[Floats, Floats]:
+        """Return reconstructions and latents."""
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(x), self._block):
+                rows = x[start : start + self._block]
+                whole = np.zeros((self._block, *x.shape[1:]))
+                whole[: len(rows)] = rows
+                outputs = self._network(torch.from_numpy(whole))
+                parts.append([output[: len(rows)].numpy() for output in outputs])
+        reconstruction, latent = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return reconstruction, latent
