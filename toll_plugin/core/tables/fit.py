@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import TollLoss
+from toll_plugin.core.rows import Rows
 from toll_plugin.core.tables.model import Preprocessing, ResidualMetric, TableModel, TableRows
 from toll_plugin.core.threads import fork_safe, one_thread
 from toll_plugin.core.training.fit import History, fit, fit_ensemble
-from toll_plugin.core.training.learners import MakeOptimizer, Rows
+from toll_plugin.core.training.learners import MakeOptimizer
 
 __all__ = ["Metric", "fit_table"]
 

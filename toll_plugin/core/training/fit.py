@@ -12,7 +12,8 @@ from toll_plugin.core.checks import check_integer
 from toll_plugin.core.modes import evaluating, training
 from toll_plugin.core.networks import DenseAutoencoder, check_input
 from toll_plugin.core.objective import TollLoss, TollTerms
-from toll_plugin.core.training.learners import AutogradLearner, DenseLearner, MakeOptimizer, Rows, optimizer_of
+from toll_plugin.core.rows import Rows
+from toll_plugin.core.training.learners import AutogradLearner, DenseLearner, MakeOptimizer, optimizer_of
 from toll_plugin.core.training.loop import History, Loop
 
 __all__ = ["History", "fit", "fit_ensemble", "terms_of"]

@@ -25,7 +25,6 @@ __all__ = [
     "Learner",
     "MakeOptimizer",
     "Optimizer",
-    "Rows",
     "cosine_adam",
     "optimizer_of",
 ]
@@ -140,16 +139,6 @@ def cosine_adam(lr: float, steps: int) -> MakeOptimizer:
     lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
     steps = check_integer("steps", steps, minimum=1)
     return lambda parameters: _CosineAdam(parameters, lr, steps)
-
-
-class Rows(Protocol):
-    """Samples that are fetched when they are needed; a tensor is one."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def __getitem__(self, index: slice | Tensor, /) -> Tensor:
-        """The samples at ``index``, shape ``(N, *)``."""
 
 
 class Learner(ABC):

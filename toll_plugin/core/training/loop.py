@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.core.networks import check_input
 from toll_plugin.core.objective import TollLoss, TollTerms
+from toll_plugin.core.rows import Rows
 from toll_plugin.core.training.divergence import DivergenceGuard
-from toll_plugin.core.training.learners import Learner, Rows
+from toll_plugin.core.training.learners import Learner
 
 __all__ = ["History", "Loop"]
 
