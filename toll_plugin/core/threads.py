@@ -72,7 +72,13 @@ def _controller() -> ThreadpoolController:
     return _known[1]
 
 
-_one_blas_thread = Overlapping(lambda: _controller().limit(limits=1, user_api="blas"))
+def _one_thread_of(api: str) -> AbstractContextManager[object]:
+    # Selected first: a limit that ends puts back the threads of all libraries of its controller.
+    limit: AbstractContextManager[object] = _controller().select(user_api=api).limit(limits=1)
+    return limit
+
+
+_one_blas_thread = Overlapping(lambda: _one_thread_of("blas"))
 
 
 @contextmanager
@@ -83,7 +89,7 @@ def one_thread() -> Iterator[None]:
     number of cores; on small networks more threads gain nothing. BLAS's limit holds for the
     whole process.
     """
-    with _controller().limit(limits=1, user_api="openmp"), _one_blas_thread():
+    with _one_thread_of("openmp"), _one_blas_thread():
         yield
 
 
