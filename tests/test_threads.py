@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
-from contextlib import ExitStack
 
 import pytest
 from threadpoolctl import ThreadpoolController, threadpool_info
@@ -42,16 +42,23 @@ def test_libraries_are_looked_for_once(monkeypatch):
     assert len(looked) == 2
 
 
-def test_the_limit_ends_with_the_last_of_two_overlapping_blocks():
-    before = limits()
-    with ExitStack() as first, ExitStack() as second:
-        first.enter_context(threads.one_thread())
-        second.enter_context(threads.one_thread())
-        first.close()
-        blas = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
-        assert set(blas) == {1}
-        second.close()
-        assert limits() == before
+def test_blas_stays_limited_until_the_last_of_two_threads_is_through():
+    before, entered, leave, seen = limits(), threading.Event(), threading.Event(), []
+
+    def other():
+        with threads.one_thread():
+            entered.set()
+            leave.wait(10)
+            seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+
+    thread = threading.Thread(target=other)
+    with threads.one_thread():
+        thread.start()
+        assert entered.wait(10)
+    leave.set()
+    thread.join()
+    assert set(seen) == {1}
+    assert limits() == before
 
 
 def test_an_error_in_the_block_puts_back_what_was():
