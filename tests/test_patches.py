@@ -21,7 +21,7 @@ from toll_plugin.core.patches.fit import examine
 from toll_plugin.core.patches.images import ImageFeatures
 from toll_plugin.core.patches.model import enlarge
 from toll_plugin.core.rows import RowCache
-from toll_plugin.core.training.learners import cosine_adam
+from toll_plugin.core.training.optimizers import cosine_adam
 
 
 def _generator(seed: int = 0) -> torch.Generator:

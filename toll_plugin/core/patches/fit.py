@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,8 +16,10 @@ from toll_plugin.core.objective import TollTerms
 from toll_plugin.core.patches.model import PatchAutoencoder
 from toll_plugin.core.rows import Rows, RowSubset
 from toll_plugin.core.threads import fork_safe
-from toll_plugin.core.training.fit import History, fit, fit_ensemble
-from toll_plugin.core.training.learners import cosine_adam
+from toll_plugin.core.training.fit import History, train, train_ensemble
+from toll_plugin.core.training.loop import OnEpoch
+from toll_plugin.core.training.optimizers import cosine_adam
+from toll_plugin.core.training.options import TrainingOptions
 
 __all__ = ["examine", "fit_patches"]
 
@@ -34,7 +36,7 @@ def fit_patches(
     patience: int | None = 20,
     generator: torch.Generator,
     progress: bool = False,
-    on_epoch: Callable[[int, list[History]], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> History:
     r"""Fit ``model`` in place to rows of features: its standardisation, its projection, then its network.
 
@@ -69,11 +71,10 @@ def fit_patches(
             then stays as it was.
     """
     check_finite_float("focus", focus, minimum=0)
-    check_finite_float("lr", lr, minimum=0, exclusive=True)
     check_integer("max_steps", max_steps, minimum=1)
     check_integer("batch_size", batch_size, minimum=2)
-    if patience is not None:
-        check_integer("patience", patience, minimum=1)
+    optimizer = cosine_adam(lr, max_steps)
+    options = TrainingOptions(optimizer, batch_size=batch_size, max_epochs=None, max_steps=max_steps, patience=patience)
     device = model.mean.device
 
     @torch.no_grad()
@@ -89,38 +90,31 @@ def fit_patches(
         order = _draw(distances, len(rows), focus, generator)
         if model.components is not None:
             model.project_on(model.standardise(rows[order[:_ENOUGH]].to(device)))
-        data, held_out_data = RowSubset(rows, order, prepare), RowSubset(validation, held_out, prepare)
+        data, validation_data = RowSubset(rows, order, prepare), RowSubset(validation, held_out, prepare)
         with fork_safe():
             if isinstance(model.network, DenseAutoencoder) and device.type == "cpu":
-                (history,) = fit_ensemble(
+                trained = train_ensemble(
                     [model.network],
                     data,
                     model.loss,
-                    validation=held_out_data,
-                    optimizer=cosine_adam(lr, max_steps),
-                    batch_size=batch_size,
-                    max_epochs=None,
-                    max_steps=max_steps,
-                    patience=patience,
+                    options,
+                    validation=validation_data,
                     generator=generator,
                     progress=progress,
                     on_epoch=on_epoch,
                 )
-                return history
-            return fit(
-                model.network,
-                data,
-                model.loss,
-                validation=held_out_data,
-                optimizer=cosine_adam(lr, max_steps),
-                batch_size=batch_size,
-                max_epochs=None,
-                max_steps=max_steps,
-                patience=patience,
-                generator=generator,
-                progress=progress,
-                on_epoch=on_epoch,
-            )
+            else:
+                trained = train(
+                    model.network,
+                    data,
+                    model.loss,
+                    options,
+                    validation=validation_data,
+                    generator=generator,
+                    progress=progress,
+                    on_epoch=on_epoch,
+                )
+    return trained.histories[0]
 
 
 @torch.no_grad()

@@ -99,14 +99,14 @@ class PatchAutoencoder(nn.Module):
         rows = self.standardise(rows)
         return rows if self.components is None else rows @ self.components
 
-    def terms(self, features: Tensor) -> TollTerms:
+    def terms(self, features: Tensor) -> TollTerms[Tensor]:
         """Terms of each position, each ``(N, H, W)``."""
         count, channels, height, width = features.shape
         rows = self.prepare(features.permute(0, 2, 3, 1).reshape(-1, channels))
         found = self.loss.terms(rows, *self.network(rows))
         return TollTerms(*(term.view(count, height, width) for term in found))
 
-    def score_of(self, terms: TollTerms) -> Tensor:
+    def score_of(self, terms: TollTerms[Tensor]) -> Tensor:
         """Score of each position ``(N, 1, H, W)`` from its terms."""
         return self.loss.score(terms, self.score_term)[:, None]
 
