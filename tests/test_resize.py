@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import interpolate
@@ -29,6 +29,8 @@ def _resized(images, size, *, antialias):
     seed=st.integers(0, 100),
 )
 def test_it_is_torchs_bilinear_interpolation(antialias, before, after, seed):
+    # Where the width is 1 and stays 1, torch 2.15 with antialiasing gives zeros for a column of 0 and 1.
+    assume(not antialias or (before[1], after[1]) != (1, 1))
     images = torch.rand(2, 3, *before, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     expected = interpolate(images, after, mode="bilinear", align_corners=False, antialias=antialias)
     torch.testing.assert_close(_resized(images, after, antialias=antialias), expected)
@@ -52,6 +54,11 @@ def test_by_hand():
 @pytest.mark.parametrize("antialias", [True, False])
 def test_same_size_changes_nothing(antialias):
     assert torch.equal(resize_matrix(7, 7, torch.empty(0), antialias=antialias), torch.eye(7))
+
+
+def test_of_one_column_too():
+    column = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1)
+    assert _resized(column, (3, 1), antialias=True).flatten().tolist() == [0.0, 0.5, 1.0]
 
 
 def test_precision_and_device_are_those_of_the_example():

@@ -1,4 +1,4 @@
-"""What one layer of somebody's network returned, watched for the length of a block."""
+"""Watch one layer of a network for the length of a block: how often it is called, and what it returns."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def find_layer(owner: object, path: str) -> nn.Module:
 
 @contextmanager
 def watch_layer(owner: object, path: str) -> Iterator[list[LayerPass]]:
-    """The calls of the layer at ``path`` below ``owner``, until the block ends.
+    """Collect the calls of the layer at ``path`` below ``owner`` that this thread makes until the block ends.
+
+    A network that was compiled runs uncompiled within the block.
 
     Raises:
         ValueError: If there is no such layer, see :func:`find_layer`.
@@ -75,8 +77,8 @@ def watch_layer(owner: object, path: str) -> Iterator[list[LayerPass]]:
     thread = this_thread()
 
     def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if is_this_thread(thread):  # others may use the same network
-            # A copy, because a layer that follows may work in place.
+        if is_this_thread(thread):
+            # A copy of the output, because a layer that follows may overwrite it.
             passes.append(LayerPass(layer, inputs, output.clone() if isinstance(output, Tensor) else output))
 
     handle = find_layer(owner, path).register_forward_hook(note)
@@ -88,8 +90,8 @@ def watch_layer(owner: object, path: str) -> Iterator[list[LayerPass]]:
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    # Compiled code never calls a hook that came after it was compiled. Without dynamo there is
-    # none, and code that is just being compiled sees the hook.
+    """The setting in which compiled code runs uncompiled: it would not call a hook that came after compilation."""
+    # Nothing was compiled if dynamo was never imported, and what is being compiled just now has the hook.
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
         return nullcontext()
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
@@ -106,7 +108,7 @@ def _modules_below(owner: object) -> list[str]:
 
 
 def only_pass(passes: Sequence[LayerPass]) -> Tensor:
-    """The output of the one call there was: which of several is the latent is not ours to guess.
+    """The output of a layer that was called once; of several calls nobody could know which one gave the latent.
 
     Raises:
         RuntimeError: If the layer was not called, or more than once.

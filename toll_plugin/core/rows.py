@@ -103,7 +103,7 @@ class RowCache:
         self._count = count
 
     def _table(self) -> NDArray[np.float32]:
-        """All rows, for as long as none is added."""
+        """All rows; the array is no longer valid once more are added."""
         if self._file is None:
             return self._kept
         if self._mapped is None:

@@ -218,7 +218,9 @@ class _GradientTerm:
             return
         latent = only_pass([LayerPass(layer, inputs, output)])
         if self._waits_for_backward:
-            msg = f"layer {self._collapse.layer!r} was called twice before a backward pass: the term has to pull at one"
+            msg = (
+                f"layer {self._collapse.layer!r} was called twice before a backward pass: the term belongs to one call"
+            )
             raise RuntimeError(msg)
         self._collapse.pull(latent)
         self._waits_for_backward = True
