@@ -215,7 +215,7 @@ class AnomalibModelContract:
         assert list(tmp_path.rglob("model.onnx"))
 
     def test_cli_in_both_argument_orders_and_by_both_paths(self, config):
-        dotted = f"{type(self.build()).__module__.rsplit('.', 1)[0]}.{self.name}"
+        dotted = f"{type(self.build()).__module__}.{self.name}"
         for arguments in (
             ["--model", self.name, "--config", str(config)],
             ["--config", str(config), "--model", self.name],

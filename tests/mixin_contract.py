@@ -147,8 +147,9 @@ class MixinContract:
         assert torch.equal(self.scores(none, images), self.scores(bare, images))
         assert "train_collapse" not in trainer.callback_metrics
 
-    def test_the_term_is_logged_and_moves_the_weights_of_the_layer_and_before(self, trained, without):
+    def test_the_term_is_logged_and_moves_the_weights_of_the_layer(self, trained, without):
         model, trainer = trained
+        assert type(model).collapse_weight > 0  # by default there is a term
         assert 0 < float(trainer.callback_metrics["train_collapse"]) < float("inf")
         layer, twin = model.collapse.find(model), without[0].collapse.find(without[0])
         assert any(not p.equal(q) for p, q in zip(layer.parameters(), twin.parameters(), strict=True))
@@ -178,6 +179,7 @@ class MixinContract:
 
     def test_the_score_is_the_hosts_plus_the_weighted_norm(self, host, trained, images):
         model, _ = trained
+        assert model.collapse.score_weight == WEIGHT * model.collapse_score_factor()
         layer = model.collapse.find(model)
         outputs = []
         handle = layer.register_forward_hook(lambda *call: outputs.append((*call[:-1], call[-1].clone())))

@@ -22,8 +22,9 @@ from torch.nn.functional import interpolate
 from torchvision.tv_tensors import Image
 
 from toll_plugin.anomalib.checkpoints import restore_components, store_components
-from toll_plugin.anomalib.patch_toll import torch_model as patch_model
-from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel, load_backbone
+from toll_plugin.anomalib.patch_toll import backbone as backbone_module
+from toll_plugin.anomalib.patch_toll.backbone import load_backbone
+from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor
 from toll_plugin.core import DenseAutoencoder, PatchAutoencoder, TollLoss
 from toll_plugin.core.patches.model import enlarge
@@ -93,6 +94,11 @@ def test_features_equal_a_loop_over_cells(neighbourhood, stride, size, grid, spa
     assert found.shape == (2, 7, *grid)
     torch.testing.assert_close(found, torch.cat(expected, dim=1))
     torch.testing.assert_close(model(images), found)  # what it returns in training mode
+
+
+def test_an_even_neighbourhood_has_no_middle():
+    with pytest.raises(ValueError, match="neighbourhood must be odd, got 4"):
+        _model(4)
 
 
 def test_average_and_interpolation_by_hand():
@@ -394,7 +400,7 @@ def test_without_a_path_timm_is_asked(monkeypatch):
         asked.append((arguments, keywords))
         return _Extractor(7)
 
-    monkeypatch.setattr(patch_model, "TimmFeatureExtractor", make)
+    monkeypatch.setattr(backbone_module, "TimmFeatureExtractor", make)
     extractor = _Extractor()
     load_backbone(extractor, None)
     assert asked == [(("tiny", ("a", "b")), {"pre_trained": True})]
@@ -406,7 +412,7 @@ def test_without_a_path_and_a_net_the_error_says_what_to_do(error, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(patch_model, "TimmFeatureExtractor", refuse)
+    monkeypatch.setattr(backbone_module, "TimmFeatureExtractor", refuse)
     with pytest.raises(OSError, match=rf"weights of tiny are neither .*{type(error).__name__}.*: pass weights_path"):
         load_backbone(_Extractor(), None)
 

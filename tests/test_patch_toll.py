@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +21,8 @@ from sklearn.exceptions import NotFittedError
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from toll_plugin.anomalib import PatchToll, QuantilePostProcessor, TollPostProcessor, TollPreProcessor
-from toll_plugin.core import DivergenceError, TollWarning
+from toll_plugin.anomalib.patch_toll import lightning_model
+from toll_plugin.core import DivergenceError, TollWarning, fit_patches
 
 ARGUMENTS = {"image_size": (64, 96), "pre_trained": False, "max_steps": 30, "hidden_size": 32, "latent_dim": 8}
 
@@ -110,14 +114,18 @@ def test_standardised_by_the_training_images(mvtec_root, tmp_path):
 
 
 def test_each_pass_sees_new_augmentations(mvtec_root, tmp_path, monkeypatch):
-    model = _model(passes=3)
-    seen = []
-    keep = model._keep
-    monkeypatch.setattr(
-        model, "_keep", lambda cache, features, names: seen.append(len(names)) or keep(cache, features, names)
-    )
+    model, seen = _model(passes=3), defaultdict(list)
+    embed = model.model.embed
+
+    def spy(images, names):
+        for name, image in zip(names, images, strict=True):
+            seen[name].append(image)
+        return embed(images, names)
+
+    monkeypatch.setattr(model.model, "embed", spy)
     _fit(model, tmp_path, _data(mvtec_root, train_augmentations=RandomHorizontalFlip()), limit_val_batches=0)
-    assert sum(seen) == 27
+    assert [len(copies) for copies in seen.values()] == [3] * 9
+    assert any(not torch.equal(copies[0], other) for copies in seen.values() for other in copies[1:])
     assert bool(model.model.is_fitted)
 
 
@@ -182,39 +190,35 @@ def test_a_transformer_as_backbone(mvtec_root, tmp_path):
 # --- held-out images and thresholds
 
 
-def _flagged(model, images):
-    model.eval()
-    with torch.no_grad():
-        return model.post_processor(model.model(images)).pred_label.float().mean()
+@pytest.fixture
+def fitted_to(monkeypatch):
+    """Arguments of each call of ``fit_patches``: the model, rows to train on and rows that are held out."""
+    calls = []
+    monkeypatch.setattr(lightning_model, "fit_patches", lambda *a, **k: calls.append(a) or fit_patches(*a, **k))
+    return calls
 
 
-def test_training_images_are_held_out_where_validation_has_anomalies(mvtec_root, tmp_path, monkeypatch):
-    seen = {}
-    for mode, share in (("same_as_test", 1.0), ("from_train", 1.0), ("from_train", 0.0)):
-        model = _model()
-        split = model._split
-
-        def spy(features, names, generator, split=split, case=(mode, share)):
-            rows, held_out = split(features, names, generator)
-            seen[case] = (len(rows) // 96, len(held_out) // 96, len(names))
-            return rows, held_out
-
-        monkeypatch.setattr(model, "_split", spy)
-        _fit(model, tmp_path, _data(mvtec_root, val_split_mode=mode), limit_val_batches=share)
-        assert torch.isfinite(model.post_processor.image_threshold)
-    expected = {("same_as_test", 1.0): (10, 2, 12), ("from_train", 1.0): (9, 3, 9), ("from_train", 0.0): (7, 2, 9)}
-    assert seen == expected
+@pytest.mark.parametrize(
+    ("mode", "share", "images"),
+    [("same_as_test", 1.0, (10, 2)), ("from_train", 1.0, (9, 3)), ("from_train", 0.0, (7, 2))],
+)
+def test_training_images_are_held_out_where_validation_has_anomalies(
+    mvtec_root, tmp_path, fitted_to, mode, share, images
+):
+    model = _model()
+    _fit(model, tmp_path, _data(mvtec_root, val_split_mode=mode), limit_val_batches=share)
+    ((_, rows, held_out),) = fitted_to
+    assert (len(rows), len(held_out)) == (96 * images[0], 96 * images[1])
+    assert torch.isfinite(model.post_processor.image_threshold)
 
 
-def test_copies_of_an_image_are_held_out_together(mvtec_root, tmp_path, monkeypatch):
-    model = _model(passes=2)
-    split, found = model._split, []
-    monkeypatch.setattr(model, "_split", lambda *a: found.append((a[1], *split(*a))) or found[0][1:])
-    _fit(model, tmp_path, _data(mvtec_root, val_split_mode="same_as_test"))
-    names, rows, held_out = found[0]
-    by_row = np.repeat(names, 96)
-    assert set(by_row[rows._index.numpy()]).isdisjoint(by_row[held_out._index.numpy()])
-    assert len(held_out) == 2 * 2 * 96
+def test_copies_of_an_image_are_held_out_together(mvtec_root, tmp_path, fitted_to):
+    _fit(_model(passes=2), tmp_path, _data(mvtec_root, val_split_mode="same_as_test"))
+    ((_, rows, held_out),) = fitted_to
+    assert (len(rows), len(held_out)) == (2 * 10 * 96, 2 * 2 * 96)
+    # Without augmentations copies are equal, and positions of two images of this noisy data are not.
+    trained_on = set(map(tuple, rows[slice(None)].tolist()))
+    assert trained_on.isdisjoint(map(tuple, held_out[slice(None)].tolist()))
 
 
 def test_false_alarms_are_as_asked_for(tmp_path):
@@ -421,11 +425,21 @@ def test_a_diverging_fit_keeps_the_fitted_model(mvtec_root, tmp_path):
 
 def test_a_second_fit_starts_afresh(mvtec_root, tmp_path):
     model = _model()
-    data = _data(mvtec_root, train_batch_size=9)
-    _fit(model, tmp_path, data)
-    first = model.history.total[0]
-    _fit(model, tmp_path, data)
-    assert model.history.total[0] == pytest.approx(first, rel=0.2)  # the order of images is the loader's
+    _fit(model, tmp_path, _data(mvtec_root))
+    first, weights = model.history, copy.deepcopy(model.model.patches.state_dict())
+    _fit(model, tmp_path, _data(mvtec_root))
+    assert model.history == first
+    torch.testing.assert_close(model.model.patches.state_dict(), weights, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_version_0_1_0_scores_as_it_did():
+    path = Path(__file__).parent / "data/patch_toll_0.1.0.ckpt"
+    model = PatchToll.load_from_checkpoint(path).eval()
+    with torch.no_grad():
+        found = model(torch.linspace(0, 1, 2 * 3 * 64).reshape(2, 3, 8, 8))
+    assert found.pred_score.tolist() == pytest.approx([0.2716388702392578, 0.22060763835906982], abs=1e-5)
+    means = found.anomaly_map.double().mean(dim=(1, 2, 3)).tolist()
+    assert means == pytest.approx([0.22805285369395278, 0.19089186086785048], abs=1e-5)
 
 
 def test_pickles_and_copies_score_alike(mvtec_root, tmp_path):
@@ -461,6 +475,20 @@ def test_nan_pixels_are_refused(mvtec_root, tmp_path):
     model.pre_processor.transform = Broken()
     with pytest.raises(ValueError, match=r"images must be finite.*\.png"):
         _fit(model, tmp_path, _data(mvtec_root))
+
+
+def test_features_that_overflow_are_refused_with_the_names_of_their_images(mvtec_root, tmp_path, monkeypatch):
+    model = _model()
+    embed = model.model.embed
+
+    def overflowing(images, names):
+        features = embed(images, names)
+        features[[name.endswith("003.png") for name in names]] *= math.inf
+        return features
+
+    monkeypatch.setattr(model.model, "embed", overflowing)
+    with pytest.raises(ValueError, match=r"features must be finite, got NaN or infinite ones of [^,]*003\.png:"):
+        _fit(model, tmp_path, _data(mvtec_root, val_split_mode="same_as_test"))
 
 
 def test_images_of_several_sizes_are_refused_without_a_pre_processor(tmp_path):

@@ -1,11 +1,9 @@
-"""Positions of feature maps: score, enlarging, the kept rows, how they are drawn, and the fit."""
+"""Positions of feature maps: score, enlarging, images, how rows are drawn, and the fit."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +16,11 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from toll_plugin.core import Autoencoder, DenseAutoencoder, DivergenceError, PatchAutoencoder, TollLoss, fit_patches
-from toll_plugin.core.patches import model as module
-from toll_plugin.core.patches.model import PreparedRows, enlarge
-from toll_plugin.core.rows import RowCache, RowSubset
+from toll_plugin.core.patches import fit as module
+from toll_plugin.core.patches.fit import examine
+from toll_plugin.core.patches.images import ImageFeatures
+from toll_plugin.core.patches.model import enlarge
+from toll_plugin.core.rows import RowCache
 from toll_plugin.core.training.optimizers import cosine_adam
 
 
@@ -153,6 +153,17 @@ def test_components_travel_with_the_weights():
     torch.testing.assert_close(twin.eval()(features), model.eval()(features))
 
 
+@pytest.mark.parametrize("channels", [4, 6])
+def test_rows_are_prepared_as_the_network_sees_them(channels):
+    model = PatchAutoencoder(DenseAutoencoder(4, (8,), 2), TollLoss(), channels=channels)
+    raw = torch.randn(20, channels, generator=_generator())
+    mean, deviation = torch.arange(float(channels)), torch.arange(1.0, channels + 1)
+    model.standardise_by(mean, deviation)
+    model.project_on(raw)
+    standardised = (raw - mean) / deviation
+    torch.testing.assert_close(model.prepare(raw), standardised if channels == 4 else standardised @ model.components)
+
+
 def test_fewer_channels_than_the_network_takes():
     with pytest.raises(ValueError, match="channels must be at least 4, got 3"):
         PatchAutoencoder(DenseAutoencoder(4, (8,), 2), TollLoss(), channels=3)
@@ -217,157 +228,85 @@ def test_enlarging_averages(grid, size, sigma, level, seed):
     torch.testing.assert_close(constant, torch.full_like(constant, level))
 
 
-# --- RowCache
+# --- images
 
 
-def _filled(limit: float, folder=None, *, width: int = 3) -> tuple[RowCache, np.ndarray]:
-    cache, rows = (
-        RowCache(width, limit=limit, folder=folder),
-        np.arange(20 * width, dtype=np.float32).reshape(-1, width),
-    )
-    for start, end in ((0, 1), (1, 8), (8, 8), (8, 15), (15, 20)):
-        cache.append(torch.from_numpy(rows[start:end]))
-    return cache, rows
-
-
-INDICES = [slice(None), slice(3, 9), slice(18, 99), slice(4, 4), slice(None, None, 7), torch.tensor([19, 0, 0, 7])]
-INDICES += [torch.arange(20)[None, :5].flatten(), torch.empty(0, dtype=torch.int64), torch.arange(20) % 3 == 0]
-
-
-# All in memory, all in the file, and a file from the third piece on.
-@pytest.mark.parametrize("limit", [1e9, 0, 12 * 10])
-def test_a_cache_gives_its_rows(limit):
-    cache, rows = _filled(limit)
-    assert len(cache) == 20
-    assert cache.in_memory == (limit == 1e9)
-    np.testing.assert_array_equal(cache[slice(None)].numpy(), rows)
-    for index in INDICES:
-        found = cache[index]
-        expected = rows[index if isinstance(index, slice) else index.numpy()]
-        assert found.dtype == torch.float32
-        np.testing.assert_array_equal(found.numpy(), expected)
-        found.fill_(-1)  # a copy: what is read can be written to and changes nothing
-    np.testing.assert_array_equal(cache[slice(None)].numpy(), rows)
-
-
-def test_the_limit_is_one_of_bytes():
-    cache = RowCache(3, limit=24)
-    cache.append(torch.ones(2, 3))  # two rows of three values of four bytes
-    assert cache.in_memory
-    cache.append(torch.full((1, 3), 2.0))
-    assert not cache.in_memory
-    assert cache[slice(None)].tolist() == [[1.0] * 3, [1.0] * 3, [2.0] * 3]
-
-
-@pytest.mark.parametrize("limit", [1e9, 0, 12 * 10])
-def test_rows_may_be_added_after_reading(limit):
-    cache, rows = _filled(limit)
-    for _ in range(2):
-        before = cache[slice(None)].numpy()
-        cache.append(torch.full((6, 3), -1.0))
-        rows = np.concatenate([rows, np.full((6, 3), -1, np.float32)])
-        np.testing.assert_array_equal(cache[slice(None)].numpy(), rows)
-        np.testing.assert_array_equal(before, rows[:-6])  # what was given out does not change
+def _images(limit: float = 1e9, *, names: str = "cab", seed: int = 0) -> tuple[ImageFeatures, dict[str, torch.Tensor]]:
+    """Features of images of 2 by 3 positions, which came in this order and one at a time; and their rows by name."""
+    features, rows = ImageFeatures(4, (2, 3), limit), {}
+    maps = torch.randn(len(names), 4, 2, 3, generator=_generator(seed))
+    for name, one in zip(names, maps, strict=True):
+        features.append(one[None], [name])
+        of_image = torch.stack([one[:, i, j] for i in range(2) for j in range(3)])
+        rows[name] = torch.cat([rows[name], of_image]) if name in rows else of_image
+    return features, rows
 
 
 @pytest.mark.parametrize("limit", [1e9, 0])
-def test_the_rows_are_not_the_callers(limit):
-    cache, given = RowCache(2, limit=limit), torch.ones(3, 2)
-    cache.append(given)
-    given.fill_(5)
-    assert cache[slice(None)].tolist() == [[1.0, 1.0]] * 3
+def test_rows_of_images_are_in_the_order_of_their_names(limit):
+    features, rows = _images(limit)
+    assert (features.names, len(features.rows)) == (["c", "a", "b"], 18)
+    assert torch.equal(features.rows[slice(None)], torch.cat([rows["c"], rows["a"], rows["b"]]))
+    assert torch.equal(features.in_order_of_names()[slice(None)], torch.cat([rows["a"], rows["b"], rows["c"]]))
 
 
-def test_rows_of_any_layout_and_precision():
-    cache, expected = RowCache(2), []
-    features = torch.arange(12.0).view(1, 2, 2, 3)
-    for dtype in (torch.float16, torch.float64, torch.int64):
-        strided = features.permute(0, 2, 3, 1).reshape(-1, 2).T.contiguous().T.to(dtype)
-        assert not strided.is_contiguous()
-        cache.append(strided)
-        expected += [[float(p), float(p + 6)] for p in range(6)]
-    cache.append(torch.ones(1, 2, requires_grad=True))
-    assert cache[slice(None)].tolist() == [*expected, [1.0, 1.0]]
+@pytest.mark.parametrize("names", ["abcdefghij", "jihgfedcba", "cabbagehidejfabc"])  # the last has copies
+def test_images_are_held_out_whole_and_with_their_copies(names):
+    features, rows = _images(names=names)
+    kept, held_out = (subset[slice(None)] for subset in features.hold_out(0.3, _generator(1)))
+    images = sorted(set(names))
+    chosen = [name for name in images if bool((held_out == rows[name][0]).all(dim=1).any())]
+    assert len(chosen) == 3
+    assert torch.equal(held_out, torch.cat([rows[name] for name in chosen]))
+    assert torch.equal(kept, torch.cat([rows[name] for name in images if name not in chosen]))
 
 
-def test_an_empty_cache():
-    for limit in (0, 100):
-        cache = RowCache(3, limit=limit)
-        assert len(cache) == 0
-        assert cache[slice(None)].shape == (0, 3)
-        cache.append(torch.empty(0, 3))
-        assert cache[torch.empty(0, dtype=torch.int64)].shape == (0, 3)
+def test_the_generator_alone_decides_which_images_are_held_out():
+    held_out = []
+    for names, seed in (("abcdefghij", 0), ("hcbjdaefig", 0), ("abcdefghij", 1)):
+        features, rows = _images(names=names)
+        found = features.hold_out(0.3, _generator(seed))[1][slice(None)]
+        held_out.append({name for name in names if bool((found == rows[name][0]).all(dim=1).any())})
+    assert held_out[0] == held_out[1] != held_out[2]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed by Linux alone")
-def test_the_file_is_gone_with_the_cache(tmp_path):
-    def held() -> list[str]:
-        # The listing's own descriptor is closed by now, so its link leads nowhere and is left out.
-        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-        return [name for link in links if (name := str(link.readlink())).startswith(str(tmp_path))]
-
-    cache, rows = _filled(0, tmp_path)
-    assert list(tmp_path.iterdir()) == []  # without a name, so that a killed process leaves nothing behind
-    assert len(held()) >= 1
-    np.testing.assert_array_equal(cache[slice(None)].numpy(), rows)
-    del cache
-    gc.collect()
-    assert held() == []
+@pytest.mark.parametrize(("count", "share", "expected"), [(2, 0.2, 1), (9, 0.2, 2), (12, 0.2, 2), (13, 0.2, 3)])
+def test_a_share_of_the_images_is_held_out(count, share, expected):
+    features, _ = _images(names="abcdefghijklm"[:count])
+    assert [len(rows) // 6 for rows in features.hold_out(share, _generator())] == [count - expected, expected]
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        torch.zeros(2, 4),
-        torch.zeros(3),
-        torch.zeros(1, 2, 3),
-        torch.tensor([[0.0, math.nan, 0.0]]),
-        torch.tensor([[0.0, math.inf, 0.0]]),
-        torch.tensor([[0.0, 1e300, 0.0]], dtype=torch.float64),  # finite until it is kept in single precision
-    ],
-)
-def test_bad_rows_are_refused_and_leave_the_cache_as_it_was(rows):
-    cache, kept = _filled(1e9)
-    with pytest.raises(ValueError, match=r"rows must (be finite|have shape \(N, 3\))"):
-        cache.append(rows)
-    np.testing.assert_array_equal(cache[slice(None)].numpy(), kept)
+@pytest.mark.parametrize("names", ["a", "aaa"])
+def test_of_one_image_none_can_be_held_out(names):
+    with pytest.raises(ValueError, match="training must have at least 2 images, because some are held out, got 1"):
+        _images(names=names)[0].hold_out(0.2, _generator())
 
 
-def test_bad_arguments_of_a_cache(tmp_path):
-    with pytest.raises(ValueError, match=r"limit must be finite and >= 0, got -1"):
-        RowCache(3, limit=-1)
-    with pytest.raises(TypeError, match=r"limit must be a real number"):
-        RowCache(3, limit="1 GiB")
-    with pytest.raises(ValueError, match=r"folder must be an existing folder, got .*none"):
-        RowCache(3, folder=tmp_path / "none")
+def test_images_without_names_are_numbered():
+    features = ImageFeatures(4, (2, 3))
+    features.append(torch.zeros(2, 4, 2, 3))
+    features.append(torch.zeros(1, 4, 2, 3))
+    assert features.names == ["image 0", "image 1", "image 2"]
 
 
-@pytest.mark.parametrize("limit", [1e9, 0])
-def test_a_subset_is_indexed_by_its_own_positions(limit):
-    cache, rows = _filled(limit)
-    chosen = torch.tensor([7, 7, 2, 19])
-    subset = RowSubset(cache, chosen)
-    assert len(subset) == 4
-    np.testing.assert_array_equal(subset[slice(1, 3)].numpy(), rows[[7, 2]])
-    np.testing.assert_array_equal(subset[torch.tensor([3, 0])].numpy(), rows[[19, 7]])
-    np.testing.assert_array_equal(RowSubset(subset, torch.tensor([2]))[slice(None)].numpy(), rows[[2]])
-    assert subset[slice(0, 0)].shape == (0, 3)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_features_that_are_not_finite_are_refused_with_the_names_of_their_images(bad, dtype):
+    features, _ = _images()
+    maps = torch.zeros(4, 4, 2, 3, dtype=dtype)
+    maps[1, 3, 0, 2], maps[3, 0, 1, 1] = bad, bad
+    with pytest.raises(ValueError, match=r"features must be finite, got NaN or infinite ones of e, g:"):
+        features.append(maps, list("defg"))
+    assert (features.names, len(features.rows)) == (["c", "a", "b"], 18)
 
 
-@pytest.mark.parametrize("channels", [4, 6])
-def test_prepared_rows_are_what_the_network_sees(channels):
-    model = PatchAutoencoder(DenseAutoencoder(4, (8,), 2), TollLoss(), channels=channels)
-    raw = torch.randn(20, channels, generator=_generator())
-    mean, deviation = torch.arange(float(channels)), torch.arange(1.0, channels + 1)
-    model.standardise_by(mean, deviation)
-    model.project_on(raw)
-    standardised = (raw - mean) / deviation
-    expected = standardised if channels == 4 else standardised @ model.components
-    rows, plain = PreparedRows(raw, model), PreparedRows(raw, model, project=False)
-    assert len(rows) == 20
-    torch.testing.assert_close(rows[slice(5, 9)], expected[5:9])
-    torch.testing.assert_close(rows[torch.tensor([2, 0])], expected[[2, 0]])
-    torch.testing.assert_close(plain[slice(None)], standardised)
+def test_images_of_another_size_or_other_channels_are_refused():
+    features, _ = _images()
+    with pytest.raises(ValueError, match="images must have one size, d gives 3 x 2 positions, not 2 x 3"):
+        features.append(torch.zeros(1, 4, 3, 2), ["d"])
+    with pytest.raises(ValueError, match=r"rows must have shape \(N, 4\), got \(6, 5\)"):
+        features.append(torch.zeros(1, 5, 2, 3), ["d"])
+    assert features.names == ["c", "a", "b"]
 
 
 # --- statistics
@@ -643,7 +582,7 @@ def test_few_rows(n, held_out):
         ({"rows": ROWS[:, :1]}, ValueError, r"rows must have shape \(N, 4\), got \(300, 1\)"),
         ({"rows": ROWS / 0}, ValueError, "rows must be finite, got NaN or infinity"),
         ({"validation": HELD_OUT.log()}, ValueError, "validation must be finite, got NaN or infinity"),
-        ({"lr": 1e30, "max_steps": 50}, DivergenceError, ""),
+        ({"lr": 1e30, "max_steps": 50}, DivergenceError, "not finite at step"),
         ({"validation": ROWS[:0]}, ValueError, "validation must hold at least one row, got none"),
     ],
 )
@@ -653,6 +592,25 @@ def test_bad_arguments_leave_a_fitted_model_as_it_was(arguments, error, message)
     with pytest.raises(error, match=message):
         fit_patches(model, **{"rows": ROWS, "validation": HELD_OUT, "generator": _generator()} | arguments)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_held_out_images_are_scored_one_by_one():
+    features, rows = _images(names="cabd")
+    model, _ = _fitted()
+    model.train()
+    scores, _ = examine(model, features.in_order_of_names(), (2, 3))
+    assert model.training
+    maps = torch.stack([rows[name].T.reshape(4, 2, 3) for name in "abcd"])
+    with torch.no_grad():
+        torch.testing.assert_close(scores, model.eval()(maps))
+
+
+@pytest.mark.parametrize(("share", "signatures"), [(0.0, ["predicts_mean"]), (0.9, [])])
+def test_a_model_that_predicts_the_mean_is_found(share, signatures):
+    network = nn.Module()
+    network.input_shape, network.forward = (4,), lambda x: (share * x, x[:, :2])
+    _, findings = examine(PatchAutoencoder(network, TollLoss()), _images()[0].rows, (2, 3))
+    assert [finding.signature for finding in findings] == signatures
 
 
 # --- the learning rate

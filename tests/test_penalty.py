@@ -80,6 +80,12 @@ def test_loss_counts_normal_samples_only():
     torch.testing.assert_close(latent.grad, torch.tensor([[0.15, 0.2], [0.0, 0.0], [0.0, 0.25]]))
 
 
+def test_loss_does_not_wait_for_the_device():
+    """Which it would to count or select samples: a meta tensor has no values to wait for."""
+    latent, normal = torch.ones(3, 2, 4, 4, device="meta"), torch.ones(3, dtype=torch.bool, device="meta")
+    assert TargetedCollapse("z", pool="mean").loss(latent, normal).shape == ()
+
+
 @pytest.mark.parametrize("pool", ["flatten", "mean", "max"])
 def test_loss_without_a_normal_sample_is_zero_and_pulls_nothing(pool):
     latent = torch.randn(2, 3, 2, 2, requires_grad=True)

@@ -7,25 +7,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 from anomalib.data import Batch, InferenceBatch
-from anomalib.models.components import MemoryBankMixin
-from anomalib.models.image import Cflow, Csflow, Dsr, Fastflow, Patchflow, Uflow
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from toll_plugin.anomalib.patch_toll.lightning_model import PatchToll
-from toll_plugin.anomalib.toll.lightning_model import Toll
-from toll_plugin.core.checks import check_integer
+from toll_plugin.anomalib.mixin_checks import check_backward, check_host
 from toll_plugin.core.layers import LayerPass, watch_layer
-from toll_plugin.core.penalty import COLLAPSE_ARGUMENTS, Collapsing, Pool
+from toll_plugin.core.penalty import Pool, TargetedCollapse
+from toll_plugin.core.penalty_mixin import COLLAPSE_ARGUMENTS, TargetedCollapseBase
 from toll_plugin.core.threads import is_this_thread, this_thread
 
 __all__ = ["TargetedCollapseMixin"]
 
-_FLOWS = (Cflow, Csflow, Fastflow, Patchflow, Uflow)
 
-
-class TargetedCollapseMixin(Collapsing):
+class TargetedCollapseMixin(TargetedCollapseBase):
     r"""Adds :math:`w\|z_i\|` to the loss and the score of an anomalib model.
 
     Name it first among the bases and say where the latent is::
@@ -88,12 +82,21 @@ class TargetedCollapseMixin(Collapsing):
         collapse_pool: Pool | None = None,
         **kwargs: Any,
     ) -> None:
-        _refuse(type(self))
+        kind = type(self)
+        check_host(kind, getattr(super(TargetedCollapseMixin, kind), "training_step", None))
         given = (collapse_weight, collapse_score_weight, collapse_layer, collapse_pool)
-        chosen: dict[str, Any] = dict(zip(COLLAPSE_ARGUMENTS, given, strict=True))
-        for name, value in chosen.items():
-            chosen[name] = getattr(type(self), name) if value is None else value
-        _check(chosen)
+        chosen: dict[str, Any] = {
+            name: getattr(kind, name) if value is None else value
+            for name, value in zip(COLLAPSE_ARGUMENTS, given, strict=True)
+        }
+        # Wrong arguments are refused here already, before the host is built, which may download.
+        TargetedCollapse(
+            chosen["collapse_layer"],
+            chosen["collapse_weight"],
+            score_weight=chosen["collapse_score_weight"],
+            pool=chosen["collapse_pool"],
+            prefix="collapse_",
+        )
         super().__init__(**kwargs)
         host: Any = self
         for name, value in chosen.items():
@@ -101,7 +104,7 @@ class TargetedCollapseMixin(Collapsing):
         # What the class says today, so that neither a checkpoint nor a log depends on the class.
         host.hparams.update(chosen)
         host._hparams_initial.update(chosen)
-        _check_backward(type(self), manual=not host.automatic_optimization)
+        check_backward(kind.__name__, kind.collapse_backward, manual=not host.automatic_optimization)
         self.collapse.find(self)
 
     # --- what a host with a latent of its own kind overrides
@@ -136,6 +139,7 @@ class TargetedCollapseMixin(Collapsing):
 
     @contextmanager
     def _term_of(self, batch: Batch) -> Iterator[Callable[[], Tensor]]:
+        """For a block in which the host trains on ``batch``: what then computes the term, and logs it."""
         host: Any = self
 
         def term() -> Tensor:
@@ -152,6 +156,7 @@ class TargetedCollapseMixin(Collapsing):
 
     @contextmanager
     def _in_manual_loss(self, term: Callable[[], Tensor]) -> Iterator[None]:
+        """For a block in which the host optimises manually: the term joins the loss of one backward pass."""
         host: Any = self
         backward, own = host.manual_backward, vars(self).get("manual_backward")
         calls = 0
@@ -163,7 +168,7 @@ class TargetedCollapseMixin(Collapsing):
             calls += 1
             backward(loss, *args, **kwargs)
 
-        # Hidden by an attribute of the instance for one step: precision plugins still scale the sum.
+        # An attribute of the instance hides the host's method, which stays in use: it scales the sum in half precision.
         host.manual_backward = with_term
         try:
             yield
@@ -179,7 +184,7 @@ class TargetedCollapseMixin(Collapsing):
 
     @contextmanager
     def _in_scores(self) -> Iterator[None]:
-        """Within the block the model's predictions have the term."""
+        """For a block in which the host scores: the term is added to the score that its model returns."""
         host: Any = self
         collapse, thread = self.collapse, this_thread()
         # A host's step may call another one, or forward: the term is added once.
@@ -243,29 +248,8 @@ class TargetedCollapseMixin(Collapsing):
             return host.predict_step(batch, *_indices(host.predict_step, args), **kwargs)
 
 
-#: Models that are being scored, and the threads that do it.
+#: Models that are being scored, by their id, and the threads that do it. Not an attribute, which would be pickled.
 _SCORING: list[tuple[int, int]] = []
-
-
-def _check(chosen: dict[str, Any]) -> None:
-    """Refuse wrong arguments before the host is built, which may download."""
-    arguments = Collapsing()
-    vars(arguments).update(chosen)
-    _ = arguments.collapse
-
-
-def _check_backward(kind: type[TargetedCollapseMixin], *, manual: bool) -> None:
-    if not manual and kind.collapse_backward is not None:
-        msg = f"collapse_backward is for hosts that optimise manually, which {kind.__name__} does not: leave it None"
-        raise TypeError(msg)
-    if manual and kind.collapse_backward is None:
-        msg = (
-            f"{kind.__name__} optimises manually, so its loss never reaches the mixin: set the class "
-            "attribute collapse_backward to the position, from 0, of the manual_backward that gets it"
-        )
-        raise TypeError(msg)
-    if manual:
-        check_integer("collapse_backward", kind.collapse_backward, minimum=0)
 
 
 def _indices(step: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -274,26 +258,9 @@ def _indices(step: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _add(result: Any, term: Callable[[], Tensor]) -> Any:
-    if result is None:  # which skips the step
+    """What a training step returned, a loss or a dictionary with one, with the term added to the loss."""
+    if result is None:  # Lightning skips such a step
         return None
     if isinstance(result, Tensor):
         return result + term()
     return {**result, "loss": result["loss"] + term()}
-
-
-def _refuse(kind: type) -> None:
-    host_step = getattr(super(TargetedCollapseMixin, kind), "training_step", None)
-    if issubclass(kind, Toll | PatchToll):
-        reason = "it has the term already, see its argument beta"
-    elif issubclass(kind, MemoryBankMixin):
-        reason = "it remembers features of a frozen network, so there is no latent to train"
-    elif issubclass(kind, _FLOWS):
-        reason = "a flow's likelihood already pulls its latent to the centre"
-    elif issubclass(kind, Dsr):
-        reason = "its bottleneck is instance-normalised and its codes come from a fixed codebook, so no norm can shrink"
-    elif host_step in (None, LightningModule.training_step):
-        reason = "it is not trained"
-    else:
-        return
-    msg = f"{kind.__name__} cannot take targeted collapse: {reason}"
-    raise TypeError(msg)

@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import is_pure_tensor
 
 from toll_plugin.core.checks import check_image_size
 from toll_plugin.core.image_scaling import ImageScaling, contrast_range
+from toll_plugin.core.resize import resize_matrix
 
 __all__ = ["TollPreProcessor"]
 
@@ -46,21 +47,12 @@ class _ExportableResize(nn.Module):
         super().__init__()
         self.size = size
 
-    @staticmethod
-    def _weights(n_in: int, n_out: int, like: Tensor) -> Tensor:
-        scale = n_in / n_out
-        support: Any = torch.sym_max(scale, 1.0)  # a plain max would tie an export to the example's size
-        centre = (torch.arange(n_out, device=like.device, dtype=like.dtype) + 0.5) * scale
-        position = torch.arange(n_in, device=like.device, dtype=like.dtype) + 0.5
-        weights = (1 - torch.div((position - centre[:, None]).abs(), support)).relu()
-        return weights / weights.sum(dim=1, keepdim=True)
-
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         if not torch.compiler.is_compiling() and (height, width) == self.size:
             return images
-        rows = self._weights(height, self.size[0], images)
-        columns = self._weights(width, self.size[1], images)
+        rows = resize_matrix(height, self.size[0], images, antialias=True)
+        columns = resize_matrix(width, self.size[1], images, antialias=True)
         return rows @ images @ columns.T
 
 

@@ -7,7 +7,8 @@ from toll_plugin.core.layers import LayerPass
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, DenseAutoencoder
 from toll_plugin.core.objective import TollLoss, TollTerms, terms_of_residual, toll_score, toll_slopes, toll_terms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
-from toll_plugin.core.patches.model import PatchAutoencoder, fit_patches
+from toll_plugin.core.patches.fit import fit_patches
+from toll_plugin.core.patches.model import PatchAutoencoder
 from toll_plugin.core.penalty import TargetedCollapse, latent_norm
 from toll_plugin.core.tables.fit import FittedTable, TableSplit, fit_table, hold_out, rehearse
 from toll_plugin.core.tables.metric import ResidualMetric

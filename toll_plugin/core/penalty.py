@@ -1,7 +1,7 @@
-"""Targeted collapse for networks that are not ours: the latent is watched, its norm weighted.
+"""Targeted collapse for other people's networks: the latent norm as a term for their loss and their score.
 
-The same norm as in :func:`toll_plugin.core.toll_terms` is added to somebody else's loss, as a
-mean, and to their score, per sample.
+The latent is what one of their layers returns. Its norm, that of :func:`toll_plugin.core.toll_terms`, is added to
+the loss as a mean, and to the score per sample.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from toll_plugin.core.checks import check_finite_float, check_option
 from toll_plugin.core.layers import LayerPass, find_layer, only_pass, watch_layer
 from toll_plugin.core.objective import norm_per_sample
 
-__all__ = ["COLLAPSE_ARGUMENTS", "Collapsing", "Pool", "TargetedCollapse", "WatchedLatent", "latent_norm"]
+__all__ = ["Pool", "TargetedCollapse", "WatchedLatent", "latent_norm"]
 
 Pool = Literal["flatten", "mean", "max"]
 
@@ -62,7 +62,7 @@ def latent_norm(latent: Tensor, *, pool: Pool = "flatten", exponent: int = 1) ->
 
 
 class WatchedLatent:
-    """What a network's layer gave while it was watched; see :meth:`TargetedCollapse.watch`."""
+    """The latent of a network that runs within a block of :meth:`TargetedCollapse.watch`."""
 
     def __init__(
         self,
@@ -183,9 +183,11 @@ class TargetedCollapse:
         if normal.shape != latent.shape[:1]:
             msg = f"normal must have shape {tuple(latent.shape[:1])}, one entry per sample, got {tuple(normal.shape)}"
             raise ValueError(msg)
-        # Chosen before the norm, so that an anomaly that overflows spoils no gradient either.
-        norms = self.norms(latent[normal.to(latent.device, torch.bool)])
-        return self.weight * norms.sum() / max(len(norms), 1)
+        counts = normal.to(latent.device, torch.bool)
+        # Zeroed before the norm, so that an anomaly that overflows spoils no gradient; to select samples by a mask
+        # would wait for the device.
+        kept = torch.where(counts.view(-1, *[1] * (latent.ndim - 1)), latent, 0)
+        return self.weight * self.norms(kept).sum() / counts.sum().clamp_min(1)
 
     def score(self, latent: Tensor) -> Tensor:
         """Weighted norm per sample, ``(N,)``, to add to a score."""
@@ -237,48 +239,3 @@ class TargetedCollapse:
         """
         with watch_layer(owner, self.layer) as passes:
             yield WatchedLatent(self, passes, latent_of)
-
-
-#: What hosts with the term take beside their own arguments.
-COLLAPSE_ARGUMENTS = ("collapse_weight", "collapse_score_weight", "collapse_layer", "collapse_pool")
-
-
-class Collapsing:
-    """What the mixins for both hosts share: how a host with the term is told what the term is."""
-
-    collapse_layer: str = ""
-    collapse_weight: float = 0.1
-    collapse_score_weight: float | None = None
-    collapse_pool: Pool = "flatten"
-
-    @property
-    def collapse(self) -> TargetedCollapse:
-        """The term, by today's ``collapse_weight`` and the like."""
-        term = TargetedCollapse(
-            self.collapse_layer,
-            self.collapse_weight,
-            score_weight=self.collapse_score_weight,
-            pool=self.collapse_pool,
-            prefix="collapse_",
-        )
-        if self.collapse_score_weight is None:
-            term.score_weight *= self.collapse_score_factor()
-        return term
-
-    def collapse_score_factor(self) -> float:
-        """What the host's score takes for one unit of its loss; for hosts that average one and sum the other."""
-        return 1.0
-
-    def collapse_latent(self, passes: Sequence[LayerPass], batch_size: int) -> Tensor:
-        """The latent ``(N, ...)`` of a step, from the calls of the layer.
-
-        Args:
-            passes: One per call, in their order.
-            batch_size: N.
-
-        Raises:
-            RuntimeError: Unless the layer was called once. Override this for hosts whose layer is
-                called more often.
-        """
-        del batch_size
-        return only_pass(passes)

@@ -1,9 +1,10 @@
-"""Samples that are fetched when they are needed: a protocol, and rows kept in memory or in a file."""
+"""Tables of rows: the interface that training reads, a table that may outgrow memory, and a selection."""
 
 from __future__ import annotations
 
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -117,15 +118,30 @@ class RowCache:
 
 
 class RowSubset:
-    """Some rows of another object that gives rows.
+    """Some rows of a table, prepared when they are fetched.
 
     Args:
-        rows: The object, indexed by tensors of positions.
-        index: Which of its rows, shape ``(N,)``; one may stand there several times.
+        rows: The table. Of another subset that prepares nothing, its table is taken, so that the
+            positions of a row are looked up once however often rows were selected.
+        index: Positions of the rows in ``rows``, shape ``(N,)``; one may stand there several times.
+        prepare: Applied to the rows ``(M, *)`` that are fetched. Default: they stay as they are.
+
+    Example:
+        >>> import torch
+        >>> table = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+        >>> subset = RowSubset(table, torch.tensor([3, 1, 1]), prepare=torch.neg)
+        >>> len(subset), subset[torch.tensor([0, 2])].tolist()
+        (3, [[-3.0], [-1.0]])
     """
 
-    def __init__(self, rows: Rows, index: Tensor) -> None:
-        self._rows, self._index = rows, index
+    _rows: Rows
+    _index: Tensor
+    _prepare: Callable[[Tensor], Tensor] | None
+
+    def __init__(self, rows: Rows, index: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> None:
+        if isinstance(rows, RowSubset) and rows._prepare is None:
+            index, rows = rows._index[index], rows._rows
+        self._rows, self._index, self._prepare = rows, index, prepare
 
     def __len__(self) -> int:
         """How many."""
@@ -133,4 +149,5 @@ class RowSubset:
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """The rows at ``index``."""
-        return self._rows[self._index[index]]
+        rows = self._rows[self._index[index]]
+        return rows if self._prepare is None else self._prepare(rows)

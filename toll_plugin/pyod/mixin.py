@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from toll_plugin.core.layers import LayerPass, find_layer, only_pass, watch_layer
-from toll_plugin.core.penalty import COLLAPSE_ARGUMENTS, Collapsing, TargetedCollapse, WatchedLatent
+from toll_plugin.core.penalty import TargetedCollapse, WatchedLatent
+from toll_plugin.core.penalty_mixin import COLLAPSE_ARGUMENTS, TargetedCollapseBase
 
 __all__ = ["TargetedCollapseMixin"]
 
 
-class TargetedCollapseMixin(Collapsing):
+class TargetedCollapseMixin(TargetedCollapseBase):
     r"""Adds :math:`w\|z_i\|` to the loss and the score of a PyOD detector with a network.
 
     Name it first among the bases and say where the latent is. The constructor takes the host's
@@ -68,10 +69,10 @@ class TargetedCollapseMixin(Collapsing):
     collapse_network: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give the class a constructor whose signature PyOD and scikit-learn can read."""
+        """Give a class without a constructor of its own one whose signature PyOD and scikit-learn can read."""
         super().__init_subclass__(**kwargs)
-        if cls.__init__ is TargetedCollapseMixin.__init__ or hasattr(cls.__init__, "of_the_mixin"):
-            cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+        if cls.__init__ is TargetedCollapseMixin.__init__ or hasattr(cls.__init__, "is_generated"):
+            cls.__init__ = _generated_constructor(cls)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not isinstance(self, BaseDeepLearningDetector) and not type(self).collapse_network:
@@ -89,7 +90,7 @@ class TargetedCollapseMixin(Collapsing):
         super().__init__(*args, **kwargs)
         for name, value in chosen.items():
             setattr(self, name, value)
-        _ = self.collapse  # checks them
+        _ = self.collapse  # refuses wrong values
 
     # --- hosts built on BaseDeepLearningDetector
 
@@ -138,20 +139,20 @@ class TargetedCollapseMixin(Collapsing):
         host: Any = super()
         if not type(self).collapse_network or self.collapse.weight == 0:
             return host.fit(X, y, **kwargs)
-        self._puller: _Puller = _Puller(self, self.collapse)
+        self._gradient_term: _GradientTerm = _GradientTerm(self, self.collapse)
         try:
             fitted = host.fit(X, y, **kwargs)
-            self._puller.check_pulls()
+            self._gradient_term.check_used()
         finally:
-            self._puller.let_go()
-            del self._puller
+            self._gradient_term.detach()
+            del self._gradient_term
         return fitted
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # Within the host's fit nothing else happens between building a network and training it.
-        if name == type(self).collapse_network and isinstance(value, nn.Module) and "_puller" in self.__dict__:
-            self._puller.take()
+        # The host's fit builds its network and trains it at once: this is the only moment in between.
+        if name == type(self).collapse_network and isinstance(value, nn.Module) and "_gradient_term" in self.__dict__:
+            self._gradient_term.attach()
 
     def decision_function(self, X: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N803
         """The host's scores, with the term."""
@@ -159,8 +160,8 @@ class TargetedCollapseMixin(Collapsing):
         network, collapse = type(self).collapse_network, self.collapse
         if collapse.score_weight == 0:
             return host.decision_function(X, *args, **kwargs)
-        if "_puller" in self.__dict__:
-            self._puller.check_pulls()
+        if "_gradient_term" in self.__dict__:  # fit scores the training rows after it has trained
+            self._gradient_term.check_used()
         if getattr(self, network or "feature_size", None) is None:
             msg = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' before using it"
             raise NotFittedError(msg)
@@ -179,49 +180,63 @@ class TargetedCollapseMixin(Collapsing):
         return scores + np.concatenate(terms)
 
 
-class _Puller:
-    """Pulls at the latent of a network while its detector is fitted."""
+class _GradientTerm:
+    """Brings the term into a fit whose loss is out of reach, by adding its gradient to that of the latent.
+
+    A hook on the latent's layer does so in each training step. It is attached to the network that
+    ``fit`` builds, so it lives for one fit.
+    """
 
     def __init__(self, owner: TargetedCollapseMixin, collapse: TargetedCollapse) -> None:
         self._owner = owner
         self._collapse = collapse
         self._handle: RemovableHandle | None = None
-        self._waiting = False
-        self._pulls = 0
+        self._waits_for_backward = False
+        self._steps = 0
 
-    def take(self) -> None:
-        self.let_go()
-        self._handle = find_layer(self._owner, self._collapse.layer).register_forward_hook(self._pull)
+    def attach(self) -> None:
+        """Watch the layer of the network that the host has built."""
+        self.detach()
+        layer = find_layer(self._owner, self._collapse.layer)
+        self._handle = layer.register_forward_hook(self._after_forward)
 
-    def check_pulls(self) -> None:
-        if not self._pulls:
-            kind = type(self._owner)
-            msg = f"{kind.__name__} trained no network in {kind.collapse_network!r}, its collapse_network"
-            raise RuntimeError(msg)
-
-    def let_go(self) -> None:
+    def detach(self) -> None:
+        """Leave the network as the host built it."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
-    def _pull(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def check_used(self) -> None:
+        """Raise a ``RuntimeError`` if no training step had the term."""
+        if not self._steps:
+            kind = type(self._owner)
+            msg = f"{kind.__name__} trained no network in {kind.collapse_network!r}, its collapse_network"
+            raise RuntimeError(msg)
+
+    def _after_forward(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
         latent = only_pass([LayerPass(layer, inputs, output)])
-        if self._waiting:
+        if self._waits_for_backward:
             msg = f"layer {self._collapse.layer!r} was called twice before a backward pass: the term has to pull at one"
             raise RuntimeError(msg)
         self._collapse.pull(latent)
-        self._waiting = True
-        self._pulls += 1
-        latent.register_hook(self._passed)  # type: ignore[no-untyped-call]
+        self._waits_for_backward = True
+        self._steps += 1
+        latent.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
 
-    def _passed(self, gradient: Tensor) -> None:
+    def _after_backward(self, gradient: Tensor) -> None:
         del gradient
-        self._waiting = False
+        self._waits_for_backward = False
 
 
-def _constructor(kind: type[TargetedCollapseMixin]) -> Any:
+def _generated_constructor(kind: type[TargetedCollapseMixin]) -> Any:
+    """A constructor of ``kind`` that takes what its bases take, and whose signature says so.
+
+    PyOD and scikit-learn read the names of the parameters from the signature of the class itself, where
+    ``*args`` is an error and ``**kwargs`` is nothing. The signature has the host's arguments, then the term's.
+    """
+
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         super(kind, self).__init__(*args, **kwargs)
 
@@ -230,6 +245,6 @@ def _constructor(kind: type[TargetedCollapseMixin]) -> Any:
     keyword = inspect.Parameter.KEYWORD_ONLY
     ours = [inspect.Parameter(name, keyword, default=getattr(kind, name)) for name in COLLAPSE_ARGUMENTS]
     constructor: Any = __init__
-    constructor.of_the_mixin = True
+    constructor.is_generated = True
     constructor.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), *ours])
     return constructor

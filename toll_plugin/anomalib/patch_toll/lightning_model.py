@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from anomalib.data import Batch
 from anomalib.metrics.evaluator import Evaluator
-from anomalib.models.components import TimmFeatureExtractor
 from anomalib.models.components.base import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -17,16 +16,17 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 
 from toll_plugin.anomalib.base import Verbs, is_normal, size_for, size_of, validation_batches
-from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel, load_backbone
+from toll_plugin.anomalib.patch_toll.backbone import build_backbone, check_layers, check_weights, load_backbone
+from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
-from toll_plugin.core.checks import check_finite_float, check_integer, check_option
-from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
-from toll_plugin.core.modes import evaluating
+from toll_plugin.core.checks import check_finite_float, check_integer
+from toll_plugin.core.diagnostics import Finding, warn
 from toll_plugin.core.networks import DenseAutoencoder
-from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
-from toll_plugin.core.patches.model import PatchAutoencoder, PreparedRows, fit_patches
-from toll_plugin.core.rows import RowCache, Rows, RowSubset
+from toll_plugin.core.objective import ScoreTerm, TollLoss
+from toll_plugin.core.patches.fit import examine, fit_patches
+from toll_plugin.core.patches.images import ImageFeatures
+from toll_plugin.core.patches.model import PatchAutoencoder
 from toll_plugin.core.training.fit import History
 
 __all__ = ["PatchToll"]
@@ -35,8 +35,6 @@ _logger = logging.getLogger(__name__)
 
 #: Share of the training images that is held out where the validation split has anomalies, or there is none.
 _HELD_OUT = 0.2
-#: One is held out, one trained on.
-_FEWEST = 2
 
 
 class PatchToll(Verbs, AnomalibModule):
@@ -140,18 +138,14 @@ class PatchToll(Verbs, AnomalibModule):
     ) -> None:
         # The base class records these variables as hyperparameters, which must be plain data to
         # load under weights_only: numbers are made Python's own, and modules are taken out.
-        layers = _layers(layers)
-        weights_path = _weights(weights_path, pre_trained)
+        layers = check_layers(layers)
+        weights_path = check_weights(weights_path, pre_trained)
         n_components = check_integer("n_components", n_components, minimum=1)
         hidden_size = check_integer("hidden_size", hidden_size, minimum=1)
         latent_dim = check_integer("latent_dim", latent_dim, minimum=1)
         beta = check_finite_float("beta", beta, minimum=0)
         exponent = check_integer("exponent", exponent, minimum=1)
-        check_option("score_term", score_term, get_args(ScoreTerm))
         neighbourhood = check_integer("neighbourhood", neighbourhood, minimum=1)
-        if neighbourhood % 2 == 0:
-            msg = f"neighbourhood must be odd, got {neighbourhood}"
-            raise ValueError(msg)
         stride = check_integer("stride", stride, minimum=1)
         sigma = check_finite_float("sigma", sigma, minimum=0)
         focus = check_finite_float("focus", focus, minimum=0)
@@ -171,10 +165,7 @@ class PatchToll(Verbs, AnomalibModule):
             msg = f"quantile must be None where post_processor is passed, which has its own rule, got {quantile!r}"
             raise ValueError(msg)
         super().__init__(
-            pre_processor=pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         self.pre_trained, self.weights_path = pre_trained, weights_path
         self.focus, self.lr, self.batch_size, self.max_steps, self.patience = focus, lr, batch_size, max_steps, patience
@@ -182,23 +173,20 @@ class PatchToll(Verbs, AnomalibModule):
         self.findings: list[Finding] = []
         self.history: History | None = None
         self._image_size = image_size
-        extractor = _extractor(backbone, layers, seed)
-        self._network = {
-            "n_features": min(n_components, sum(extractor.out_dims)),
-            "hidden_sizes": (hidden_size,),
-            "latent_dim": latent_dim,
-        }
-        self._objective = (TollLoss(beta, exponent=exponent), score_term, sum(extractor.out_dims))
+        self._hidden_size, self._latent_dim = hidden_size, latent_dim
+        self._loss, self._score_term = TollLoss(beta, exponent=exponent), score_term
+        extractor = build_backbone(backbone, layers, seed)
+        self._channels = sum(extractor.out_dims)
+        self._n_components = min(n_components, self._channels)
         patches = self._new_patches(torch.Generator().manual_seed(seed or 0))
         self.model: PatchTollModel = PatchTollModel(extractor, patches, neighbourhood, stride, sigma)
         self._pretrained_is_there = False
-        self._features: RowCache | None = None
-        self._names: list[str] = []
-        self._grid: tuple[int, int] = (0, 0)
+        self._features: ImageFeatures | None = None
         self._size = image_size
 
     def _new_patches(self, generator: torch.Generator) -> PatchAutoencoder:
-        return PatchAutoencoder(DenseAutoencoder(**self._network, generator=generator), *self._objective)
+        network = DenseAutoencoder(self._n_components, (self._hidden_size,), self._latent_dim, generator=generator)
+        return PatchAutoencoder(network, self._loss, self._score_term, self._channels)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -231,7 +219,7 @@ class PatchToll(Verbs, AnomalibModule):
         elif not self._pretrained_is_there and not bool(self.model.is_fitted):
             load_backbone(self.model.backbone, self.weights_path)
             self._pretrained_is_there = True
-        self._features, self._names = None, []
+        self._features = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Keep the features of a batch of normal images.
@@ -246,35 +234,19 @@ class PatchToll(Verbs, AnomalibModule):
             raise ValueError(msg)
         if self.current_epoch < self.passes:
             with torch.no_grad():
-                features = self.model.embed(batch.image, batch.image_path)
+                maps = self.model.embed(batch.image, batch.image_path)
             if self._features is None:
-                self._grid = (features.shape[2], features.shape[3])
+                self._features = ImageFeatures(maps.shape[1], (maps.shape[2], maps.shape[3]), self.cache_limit)
                 self._size = (batch.image.shape[-2], batch.image.shape[-1])
-                self._features = RowCache(features.shape[1], self.cache_limit)
-            names = batch.image_path or [
-                f"image {i}" for i in range(len(self._names), len(self._names) + len(features))
-            ]
-            self._keep(self._features, features, names)
-            self._names += names
+            self._features.append(maps, batch.image_path)
         return torch.zeros((), device=self.device, requires_grad=True)
-
-    def _keep(self, cache: RowCache, features: Tensor, names: Sequence[str]) -> None:
-        if (features.shape[2], features.shape[3]) != self._grid:
-            msg = f"images must have one size, got another in {names[0]}: let a pre_processor resize them"
-            raise ValueError(msg)
-        if not bool(features.isfinite().all()):
-            bad = [name for name, one in zip(names, features, strict=True) if not bool(one.isfinite().all())]
-            msg = f"features must be finite, got NaN or infinite ones of {', '.join(bad)}: the backbone overflows"
-            raise ValueError(msg)
-        cache.append(features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]))
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Fit to the features when the last are there, before Lightning validates."""
         super().on_train_batch_end(*args, **kwargs)
         if self._features is not None and self.trainer.is_last_batch and self.current_epoch + 1 == self.passes:
-            features, names = self._features, self._names
-            self._features, self._names = None, []
-            self._fit(features, names)
+            features, self._features = self._features, None
+            self._fit(features)
 
     def on_fit_end(self) -> None:
         """Say so if there was no fit.
@@ -284,23 +256,23 @@ class PatchToll(Verbs, AnomalibModule):
         """
         super().on_fit_end()
         if self._features is not None:
-            seen, self._features, self._names = len(set(self._names)), None, []
+            seen, self._features = len(set(self._features.names)), None
             msg = f"training must see all images, {self.passes} time(s), but ended early, after {seen} images: "
             msg += "max_steps, max_epochs and max_time of the trainer must leave that much"
             raise ValueError(msg)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the features that a fit was collecting: a file of them is no part of the model."""
-        return {**super().__getstate__(), "_features": None, "_names": []}
+        return {**super().__getstate__(), "_features": None}
 
-    def _fit(self, features: RowCache, names: list[str]) -> None:
+    def _fit(self, features: ImageFeatures) -> None:
         seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(seed)
-        # Loaders shuffle by the global generator: in the order of names, the seed alone decides.
-        order = sorted(range(len(names)), key=names.__getitem__)
-        per_image = len(features) // len(names)
-        sorted_rows = (torch.tensor(order)[:, None] * per_image + torch.arange(per_image)).flatten()
-        rows, held_out = self._split(RowSubset(features, sorted_rows), sorted(names), generator)
+        validation = self._validation_features(features)
+        if validation is not None:
+            rows, held_out = features.in_order_of_names(), validation.rows
+        else:
+            rows, held_out = features.hold_out(_HELD_OUT, generator)
         # What was fitted before stays until this fit has succeeded.
         fresh = self._new_patches(generator).to(self.device)
         self.history = fit_patches(
@@ -318,7 +290,12 @@ class PatchToll(Verbs, AnomalibModule):
         )
         self.model.patches.load_state_dict(fresh.state_dict())
         self.model.is_fitted.fill_(True)
-        self._examine(held_out)
+        scores, self.findings = examine(fresh, held_out, features.grid)
+        if isinstance(self.post_processor, QuantilePostProcessor):
+            # One map at a time, of which thresholds and ranges take the extremes only.
+            maps = (self.model.predict(of_image[None], self._size).anomaly_map for of_image in scores)
+            self.post_processor.calibrate(torch.stack([torch.stack(found.aminmax()) for found in maps])[:, None, None])
+        warn(self.findings)
         best = self.history.best_epoch
         self.log_dict(
             {"train_loss": self.history.total[best], "val_loss": self.history.validation[best]}, prog_bar=True
@@ -330,68 +307,21 @@ class PatchToll(Verbs, AnomalibModule):
         for logger in self.loggers:
             logger.log_metrics({f"patches_{name}": getattr(history, name)[-1] for name in names}, step=epoch)
 
-    def _split(self, features: Rows, names: list[str], generator: torch.Generator) -> tuple[Rows, Rows]:
-        """Rows to train on, and rows of held-out images."""
-        validation = self._validation_features(self.cache_limit - 4 * self.model.patches.mean.numel() * len(features))
-        if validation is not None:
-            return features, validation
-        images = sorted(set(names))
-        if len(images) < _FEWEST:
-            msg = f"training must have at least {_FEWEST} images where the validation split has no normal images only, "
-            msg += f"because some are held out, got {len(images)}"
-            raise ValueError(msg)
-        count = max(1, round(_HELD_OUT * len(images)))
-        chosen = {images[i] for i in torch.randperm(len(images), generator=generator)[:count].tolist()}
-        of_image = torch.tensor([name in chosen for name in names])
-        of_row = of_image.repeat_interleave(len(features) // len(names))
-        return RowSubset(features, (~of_row).nonzero()[:, 0]), RowSubset(features, of_row.nonzero()[:, 0])
-
-    def _validation_features(self, limit: float) -> RowCache | None:
+    def _validation_features(self, training: ImageFeatures) -> ImageFeatures | None:
         """Those of the validation split, if it has images and none is anomalous."""
-        cache = RowCache(self.model.patches.mean.numel(), max(0, limit))
+        limit = max(0, self.cache_limit - 4 * self._channels * len(training.rows))
+        features = ImageFeatures(self._channels, training.grid, limit)
         # The precision in which they are scored later: Lightning leaves it between training and validation.
         with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
             for batch in validation_batches(self):
                 if not bool(is_normal(batch).all()):
                     return None
-                features = self.model.embed(batch.image, batch.image_path)
-                self._keep(cache, features, batch.image_path or ["a validation image"] * len(features))
-        return cache if len(cache) else None
-
-    @torch.no_grad()
-    def _examine(self, held_out: Rows) -> None:
-        """Thresholds from held-out images, and the method's failure signatures."""
-        height, width = self._grid
-        monitor, maps = CollapseMonitor(), []
-        patches = self.model.patches
-        prepared = PreparedRows(held_out, patches)
-        with evaluating(self.model):
-            for start in range(0, len(prepared), height * width):
-                x = prepared[slice(start, start + height * width)]
-                terms = patches.loss.terms(x, *patches.network(x))
-                monitor.update(x, terms, exponent=patches.loss.exponent)
-                of_image = TollTerms(*(term.view(1, height, width) for term in terms))
-                found = self.model.predict(patches.score_of(of_image), self._size).anomaly_map
-                # Of a map, thresholds and ranges take the extremes only.
-                maps.append(torch.stack(found.aminmax()).view(1, 1, 1, 2))
-        if isinstance(self.post_processor, QuantilePostProcessor):
-            self.post_processor.calibrate(torch.cat(maps))
-        self.findings = monitor.findings()
-        warn(self.findings)
+                features.append(self.model.embed(batch.image, batch.image_path), batch.image_path)
+        return features if features.names else None
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
         """Predictions of a batch."""
         return self.test_step(batch, *args, **kwargs)
-
-
-def _weights(path: str | None, pre_trained: object) -> str | None:
-    if not isinstance(pre_trained, bool):
-        msg = f"pre_trained must be true or false, got {pre_trained!r} of type {type(pre_trained).__name__}"
-        raise TypeError(msg)
-    if path is not None and not pre_trained:
-        msg = f"weights_path must be left out where pre_trained is False, got {str(path)!r}"
-        raise ValueError(msg)
-    return None if path is None else str(path)
 
 
 def _size(image_size: object, pre_processor: PreProcessor | bool) -> tuple[int, int]:
@@ -400,43 +330,3 @@ def _size(image_size: object, pre_processor: PreProcessor | bool) -> tuple[int, 
         msg = f"image_size must be left out or that of pre_processor, {resized}, got {size}"
         raise ValueError(msg)
     return size
-
-
-def _layers(layers: Sequence[str]) -> list[str]:
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(isinstance(x, str) for x in layers):
-        msg = f"layers must be a sequence of names, got {layers!r}"
-        raise TypeError(msg)
-    if not layers:
-        msg = "layers must name at least one layer, got none"
-        raise ValueError(msg)
-    if len(set(layers)) < len(layers):
-        msg = f"layers must be named once each, got {', '.join(layers)}"
-        raise ValueError(msg)
-    return list(layers)
-
-
-def _extractor(backbone: str, layers: list[str], seed: int | None) -> TimmFeatureExtractor:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed or 0)
-        try:
-            extractor = TimmFeatureExtractor(backbone, list(layers), pre_trained=False)
-        except RuntimeError as error:
-            msg = f"backbone must be the name of a timm network, got {backbone!r}: {error}"
-            raise ValueError(msg) from error
-        except ValueError as error:
-            msg = f"layers must be layers of {backbone}, got {', '.join(layers)}: {error}"
-            raise ValueError(msg) from error
-        if hasattr(extractor, "patch_size"):  # of a vision transformer anomalib does not check the layers
-            blocks: Any = extractor.feature_extractor.blocks
-            known = [f"blocks.{i}" for i in range(len(blocks))]
-        elif extractor.layers != layers:
-            import timm  # noqa: PLC0415  only for the message
-
-            info: Any = timm.create_model(backbone, features_only=True)
-            known = [layer["module"] for layer in info.feature_info.get_dicts()]
-        else:
-            return extractor
-        if not set(layers) <= set(known):
-            msg = f"layers must be among {', '.join(known)} for {backbone}, got {', '.join(layers)}"
-            raise ValueError(msg)
-    return extractor

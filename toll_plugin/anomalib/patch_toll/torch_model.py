@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional
 from toll_plugin.anomalib.toll.torch_model import check_finite, plain
 from toll_plugin.core.patches.model import PatchAutoencoder, enlarge
 
-__all__ = ["PatchTollModel", "load_backbone"]
+__all__ = ["PatchTollModel"]
 
 
 class PatchTollModel(nn.Module):
@@ -43,7 +42,7 @@ class PatchTollModel(nn.Module):
 
     Raises:
         NotFittedError: If it is asked for scores before a fit or a checkpoint gave it weights.
-        ValueError: If images are not finite or have other than three channels.
+        ValueError: If ``neighbourhood`` is even, or images are not finite or have other than three channels.
     """
 
     is_fitted: Tensor
@@ -57,6 +56,9 @@ class PatchTollModel(nn.Module):
         sigma: float = 2.0,
     ) -> None:
         super().__init__()
+        if neighbourhood % 2 == 0:
+            msg = f"neighbourhood must be odd, got {neighbourhood}"
+            raise ValueError(msg)
         self.backbone, self.patches = backbone, patches
         self.neighbourhood, self.stride, self.sigma = neighbourhood, stride, sigma
         self.register_buffer("is_fitted", torch.tensor(data=False))
@@ -109,82 +111,3 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Where half precision was asked for it serves the backbone: eight bits would tie scores and move the threshold."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def load_backbone(backbone: TimmFeatureExtractor, weights_path: str | Path | None) -> None:
-    """Give ``backbone`` pretrained weights, from a file or by timm, which downloads them.
-
-    Args:
-        backbone: Made by name, with any weights.
-        weights_path: A state dict as ``torch.save`` or safetensors writes it, of the whole network
-            or up to the last layer that is used; ``None`` for timm's.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no state dict, or lacks a weight or has one of another shape or one not finite.
-        OSError: If timm can neither find the weights nor download them.
-    """
-    network = backbone.feature_extractor
-    state = _downloaded(backbone) if weights_path is None else _read(Path(weights_path))
-    given = {_flat(name): value for name, value in state.items()}
-    # Files from torchvision lack the counts of batches, which a frozen network does not use.
-    wanted = {
-        name: value
-        for name, value in network.state_dict().items()
-        if _flat(name) in given or not name.endswith(".num_batches_tracked")
-    }
-    wrong = [name for name, value in wanted.items() if getattr(given.get(_flat(name)), "shape", None) != value.shape]
-    if wrong:
-        msg = (
-            f"weights_path must have all weights of {backbone.backbone} up to {backbone.layers[-1]}, "
-            f"but {weights_path} lacks {wrong[0]} or has it in another shape ({len(wrong)} of {len(wanted)} such)"
-        )
-        raise ValueError(msg)
-    damaged = [name for name in wanted if not bool(given[_flat(name)].isfinite().all())]
-    if damaged:
-        msg = f"weights_path must hold finite weights, but {damaged[0]} of {weights_path} has NaN or infinity"
-        raise ValueError(msg)
-    network.load_state_dict({name: given[_flat(name)] for name in wanted}, strict=False)
-
-
-def _flat(name: str) -> str:
-    """Of a network that gives features timm renames some children, ``stages.0`` to ``stages_0``."""
-    return name.replace(".", "_")
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        msg = f"weights_path must be a file with the backbone's weights, got {path}, which is none"
-        raise FileNotFoundError(msg)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # noqa: PLC0415  only where such a file is given
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # the readers have no error in common, least of all on damaged files
-        msg = f"weights_path must be a state dict that loads with weights_only, got {path}: {error}"
-        raise ValueError(msg) from error
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        msg = f"weights_path must be a state dict, got {path}, which holds something else"
-        raise ValueError(msg)
-    return state
-
-
-def _downloaded(backbone: TimmFeatureExtractor) -> Mapping[str, Tensor]:
-    try:
-        with torch.random.fork_rng(devices=[]):  # it draws weights before it reads them
-            pretrained = TimmFeatureExtractor(backbone.backbone, backbone.layers, pre_trained=True)
-    except Exception as error:  # the hub's clients have no error in common
-        msg = (
-            f"the pretrained weights of {backbone.backbone} are neither on this machine nor to be downloaded "
-            f"({type(error).__name__}: {error}): pass weights_path, a file of them, "
-            "or pre_trained=False for random ones"
-        )
-        raise OSError(msg) from error
-    state: Mapping[str, Tensor] = pretrained.feature_extractor.state_dict()
-    return state
