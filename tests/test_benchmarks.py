@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.costs import speed
-from benchmarks.report.readme import fill
-from benchmarks.report.report import markdown_table
-from benchmarks.run.collected import collected, read
-from benchmarks.run.records import RESULTS, finish, mean_and_error
+from benchmarks.run.records import finish, mean_and_error
 
 
 def test_paired_differences_by_hand():
@@ -26,20 +23,6 @@ def test_an_interrupted_write_leaves_the_earlier_record(tmp_path):
     with pytest.raises(TypeError):
         finish(path, {"table": "new", "broken": object()})
     assert json.loads(path.read_text())["table"] == "old"
-
-
-def test_filling_tables_is_stable(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.report.readme.RESULTS", tmp_path)
-    (tmp_path / "digits.json").write_text(json.dumps({"table": "| new |"}))
-    text = "before\n\n<!-- table: digits -->\n\nafter\n"
-    once = fill(text)
-    assert once == "before\n\n<!-- table: digits -->\n| new |\n<!-- end -->\n\nafter\n"
-    assert fill(once) == once
-    (tmp_path / "other.json").write_text(json.dumps({"table": ""}))
-    with pytest.raises(ValueError, match="no mark <!-- table: other -->"):
-        fill(text)
-    with pytest.raises(ValueError, match=r"marks without a record in .*: lost$"):
-        fill(text + "<!-- table: lost -->")
 
 
 def test_the_command_line(monkeypatch, capsys):
@@ -63,11 +46,3 @@ def test_a_record_reads_as_it_was_written(tmp_path):
     text = (tmp_path / "record.json").read_text()
     assert json.loads(text) == record
     assert '\n  {"auroc": 1.0}\n' in text
-
-
-def test_the_committed_report_is_that_of_the_records():
-    text = (RESULTS / "report.md").read_text(encoding="utf-8")
-    for path in collected():
-        experiment = read(path)
-        assert f"## {experiment.name}\n\n{experiment.about}\n" in text
-        assert markdown_table(experiment.runs) in text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
 import numpy as np
@@ -14,8 +16,10 @@ from scipy.stats import wilcoxon
 
 from benchmarks.report import comparison, figures, report, variants
 from benchmarks.report.comparison import Group
+from benchmarks.report.readme import PAGES, fill, main_table, page, table_of
 from benchmarks.report.report import markdown_table
 from benchmarks.run import collected
+from benchmarks.run.records import RESULTS
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 
@@ -51,6 +55,11 @@ def run(label="A", part="0", seed=0, auroc=0.9, **changes):
 def failed(label="A", part="0", seed=0, error="ValueError: singular", **changes):
     kept = {"configuration", "provenance"}
     return {key: v for key, v in run(label, part, seed, **changes).items() if key in kept} | {"error": error}
+
+
+def cells(line):
+    """Of a line of a Markdown table."""
+    return [cell.strip() for cell in line[1:-1].split("|")]
 
 
 def block_runs(values, **changes):
@@ -95,8 +104,8 @@ def record(runs, **more):
     return {"command": "run", "experiment": {"name": "e<1>", "about": "What & why"}, "runs": runs, **more}
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
+@pytest.fixture(scope="module", name="html")
+def _html(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     (folder / "record.json").write_text(json.dumps(record(everything())))
     report.report([folder / "record.json"], folder / "page.html", "A title")
@@ -182,24 +191,38 @@ def test_markdown_by_hand():
         [*RUNS, failed("C", "1", 2), run("C", "0", 2, 0.5, facts={"pretrained": False})]
     ).splitlines()
     assert lines[0] == "**digits, semi-supervised** (3 methods, 2 parts, 3 seeds, 14 runs)"
-    head = "| method | mean rank | AUROC | AP | F1 | fit s | score s | MB | runs | note | 0 | 1 |"
-    assert lines[2] == head
-    tail = "0.500** | **0.250** | 2 | 0.5 | 0.12 | 4 |  |"
-    assert lines[4] == f"| Toll | **1.25** | **0.8000** | **{tail} **0.950** | **0.650** |"
-    assert lines[5] == f"| B | 1.75 | 0.7250 | **{tail} 0.800 | **0.650** |"
-    assert lines[6].startswith("| C | 3.00 | 0.5000† | 0.500† |")
-    assert "| 5, 1 failed | random weights |" in lines[6]
-    assert "B -0.0750 ± 0.0750 (too few for a test)" in lines[8]
-    assert lines[10] == "† C, 1 failed, on 1: ValueError: singular"
+    head, rule, toll, b, c = (cells(line) for line in lines[2:7])
+    costs = ["fit s", "score s", "MB"]
+    assert head == ["method", "mean rank", "AUROC", "minus Toll", "AP", "F1", *costs, "runs", "note", "0", "1"]
+    assert rule[0].startswith(":--")
+    assert {rule[i][-2:] for i in range(1, len(head))} == {"-:"}
+    tail = ["**0.500**", "**0.250**", "2", "0.5", "0.12", "4", ""]
+    assert toll == ["Toll", "**1.25**", "**0.8000**", "", *tail, "**0.950**", "**0.650**"]
+    assert b == ["B", "1.75", "0.7250", "-0.0750 ± 0.0750", *tail, "0.800", "**0.650**"]  # too few for a test
+    assert c[:6] == ["C", "3.00", "0.5000†", "-0.3000 ± 0.1500", "0.500†", "0.250†"]
+    assert c[9:11] == ["5, 1 failed", "random weights"]
+    assert lines[8] == "† C, 1 failed, on 1: ValueError: singular"
+
+
+def test_markdown_leaves_out_what_the_heading_says():
+    text = markdown_table([run("Toll", auroc=0.9), run("B|x", auroc=0.8)])
+    assert text.splitlines()[0] == "**digits, semi-supervised** (2 methods, 1 part, 1 seed, 2 runs)"
+    # No rank, part or difference of one run each, and no number of runs that is the same for all.
+    assert cells(text.splitlines()[2]) == ["method", "AUROC", "AP", "F1", "fit s", "score s", "MB"]
+    assert r"| B\|x " in text
+
+
+def test_differences_are_tested_on_enough_parts():
+    values = {"Toll": np.linspace(0.6, 0.7, 6), "A": np.linspace(0.7, 0.9, 6)}
+    assert "(p = 0.031)" in markdown_table(block_runs(values))
 
 
 def test_published_numbers_stand_apart_and_only_with_their_data_sets():
     runs = [run("DeepSVDD", dataset="mnist"), run("iforest", dataset="mnist"), run("Toll", dataset="mnist")]
     text = markdown_table(runs)
-    assert "| published (not measured here) |" in text
-    assert re.search(r"\| DeepSVDD \| \S+ \| \S+ \| 0\.948 \|", text)
-    assert re.search(r"\| iforest \| \S+ \| \S+ \| 0\.923 \|", text)
-    assert re.search(r"\| Toll \| \S+ \| \S+ \|  \|", text)
+    lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    assert lines[0][2] == "published (not measured here)"
+    assert {line[0]: line[2] for line in lines[2:]} == {"DeepSVDD": "0.948", "iforest": "0.923", "Toll": ""}
     assert "MemAE 0.975" in text.splitlines()[-1]
     assert "ublished" not in markdown_table([run("DeepSVDD"), run("Toll")])
     assert "ublished" not in markdown_table([run("DeepSVDD", dataset="mnist", protocol="unsupervised")])
@@ -241,41 +264,47 @@ class Tags(HTMLParser):
             self.targets += re.findall(r"url\(#([^)]+)\)", value or "")
 
 
-def test_the_page_is_well_formed_and_stands_alone(page):
+def test_the_page_is_well_formed_and_stands_alone(html):
     tags = Tags()
-    tags.feed(page)
+    tags.feed(html)
     assert not tags.open
     assert len(tags.ids) == len(set(tags.ids))
-    assert all(source.startswith(("#", "data:image/png;base64,")) for source in tags.sources)
+    inline = ("#", "data:image/png;base64,", "data:image/svg+xml;base64,")
+    assert all(source.startswith(inline) for source in tags.sources)
     targets = {*tags.targets, *(source[1:] for source in tags.sources if source.startswith("#"))}
     assert targets <= set(tags.ids)
-    assert "@import" not in page
-    assert "<script" not in page
-    assert "#0102" not in page  # colours that stand for the theme's
+    assert "@import" not in html
+    assert "<script" not in html
+    drawn = [base64.b64decode(source.partition(",")[2]) for source in tags.sources if "svg+xml" in source]
+    assert len(drawn) == html.count("<figure>")
+    for svg in drawn:
+        assert ET.fromstring(svg).tag.endswith("svg")
+        assert not re.search(rb'href="(?!#)|<script|@import', svg)  # it stands alone, too
+    assert "prefers-color-scheme: dark) { figure > img" in html
 
 
-def test_the_page_shows_labels_escaped_failures_and_settings(page):
+def test_the_page_shows_labels_escaped_failures_and_settings(html):
     for text in (
         "&lt;script&gt;alert(1)&lt;/script&gt;|",
         "ValueError: &lt;i&gt;odd&lt;/i&gt;",
         "e&lt;1&gt;",
         "A title",
     ):
-        assert text in page
+        assert text in html
     for label in ("Toll (beta=0)", "Toll (beta=0.1)", "Toll (beta=10)", "Deep SVDD", "What &amp; why", "max_epochs"):
-        assert label in page
-    assert "uncommitted" not in page
-    assert page.count("published (not measured here)") == 1
+        assert label in html
+    assert "uncommitted" not in html
+    assert html.count("published (not measured here)") == 1
 
 
-def test_every_figure_that_is_supported_and_no_other(page):
-    titles = re.findall(r"<h4>(.*?)</h4>", page)
+def test_every_figure_that_is_supported_and_no_other(html):
+    titles = re.findall(r"<h4>(.*?)</h4>", html)
     each = ["AUROC of every run", "ROC curves", "Latent norms", "Critical differences", "Accuracy and time"]
     each += ["Rare anomalies", "Anomaly maps side by side"]
     assert titles == ["Toll: AUROC against beta", *each, *each]
-    assert page.count('role="img" aria-label="ROC curves"') == 2
-    assert [one.title for one in figures.drawings(RUNS, "x")] == ["AUROC of every run", "Accuracy and time"]
-    assert figures.drawings([failed()], "x") == []
+    assert html.count('alt="ROC curves"') == 2
+    assert [one.title for one in figures.drawings(RUNS)] == ["AUROC of every run", "Accuracy and time"]
+    assert figures.drawings([failed()]) == []
 
 
 def test_maps_of_the_same_sample_stand_in_one_row():
@@ -289,7 +318,7 @@ def test_maps_of_the_same_sample_stand_in_one_row():
         run("A", "1", 0, examples=[example("x", "A1")]),
         run("C", "0", 0, examples=[example("x", None)]),
     ]
-    (drawing,) = (one for one in figures.drawings(runs, "x") if one.samples)
+    (drawing,) = (one for one in figures.drawings(runs) if one.samples)
     assert list(drawing.labels) == ["A", "B"]
     found = [(row["image"], {label: one["map"] for label, one in row["found"].items()}) for row in drawing.samples]
     # Parts take turns, anomalies come first, of the first seed only.
@@ -303,7 +332,7 @@ def test_maps_of_the_same_sample_stand_in_one_row():
 
 def test_an_argument_is_swept_only_by_itself():
     def sweep(*arguments):
-        return figures.sweeps([run(f"Toll {given}", method="Toll", arguments=given) for given in arguments], "x")
+        return figures.sweeps([run(f"Toll {given}", method="Toll", arguments=given) for given in arguments])
 
     assert [one.title for one in sweep(*({"beta": beta} for beta in (0, 1, 100)))] == ["Toll: AUROC against beta"]
     assert sweep({"beta": 0}, {"beta": 1}) == []
@@ -313,7 +342,7 @@ def test_an_argument_is_swept_only_by_itself():
 
 def test_drawing_leaves_matplotlib_as_it_was():
     before = dict(mpl.rcParams)
-    figures.drawings(RUNS, "x")
+    figures.drawings(RUNS)
     assert dict(mpl.rcParams) == before
 
 
@@ -426,9 +455,10 @@ def test_terms_alone_by_hand():
         for part, auroc in enumerate((0.9, 0.7))
     ]
     table = markdown_table([*both, run("B", "0", term_auroc={"latent": 0.1})])
-    assert "| method | score | reconstruction | latent |" in table
-    assert "| Toll | **0.8000** | 0.5000 | 0.6000 |" in table
-    assert "AUROC of the score and of each of its terms" not in markdown_table(RUNS)
+    lines = [cells(line) for line in table.partition("terms alone:")[2].splitlines() if line.startswith("|")]
+    assert lines[0] == ["method", "score", "reconstruction", "latent"]
+    assert lines[2] == ["Toll", "**0.8000**", "0.5000", "0.6000"]
+    assert "terms alone" not in markdown_table(RUNS)
 
 
 def test_a_collected_record_reads_as_its_runs(tmp_path):
@@ -446,3 +476,95 @@ def test_a_collected_record_reads_as_its_runs(tmp_path):
     found = collected.read(tmp_path / "r.json")
     assert (found.name, found.about) == ("n", "a")
     assert found.runs == RUNS
+
+
+def _records():
+    return {str(path.relative_to(RESULTS).with_suffix("")): path for path in RESULTS.glob("**/*.json")}
+
+
+def test_every_record_stands_on_one_page():
+    shown = [name for path in PAGES.glob("*.md") for name in re.findall(r"<!-- table: (.*?) -->", path.read_text())]
+    assert sorted(shown) == sorted(_records())
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in PAGES.glob("*.md")))
+def test_the_committed_pages_are_what_the_command_writes(name):
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    assert text == page(PAGES / name)
+    _, title, lead = text.split("\n\n")[:3]
+    assert title.startswith("# ")
+    assert len(lead.splitlines()) == 3  # sentences
+    assert "<!-- table" not in text
+    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+        assert (RESULTS / target).exists()
+
+
+def test_pages_and_no_other():
+    assert {path.name for path in RESULTS.glob("*.md")} == {path.name for path in PAGES.glob("*.md")}
+
+
+def test_a_table_says_where_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.report.readme.RESULTS", tmp_path)
+    made = {"date": "2026-01-02T03:04:05", "commit": "abcdef0123456", "machine": "vax", "cores": 2}
+    (tmp_path / "speed.json").write_text(json.dumps({"command": "speed", "table": "| a |", **made}))
+    assert (
+        table_of("speed") == "| a |\n\nRecord: [speed.json](speed.json) (2026-01-02, commit abcdef0123, vax, 2 cores)."
+    )
+
+
+def test_classes_that_were_not_run_are_no_rows():
+    rows = [line for line in table_of("paper_mnist").splitlines() if re.match(r"\| \d \|", line)]
+    assert [row[2] for row in rows] == ["0", "1"]
+
+
+def _mean(name, label, metric="auroc", **where):
+    """Mean over parts of the mean over seeds, by hand."""
+    runs = json.loads((RESULTS / f"{name}.json").read_text())["runs"]
+    parts = {}
+    for one in runs:
+        c = one["configuration"]
+        if c["label"] == label and all(c[key] == value for key, value in where.items()):
+            parts.setdefault(c["part"], []).append(one["metrics"][metric])
+    return np.mean([np.mean(values) for values in parts.values()])
+
+
+def test_the_main_table_is_that_of_the_records():
+    head, _, *rows = (cells(line) for line in main_table().splitlines())
+    assert head == ["data", "Toll", "its twin, beta 0", "best other", "verdict"]
+    assert len(rows) == 9
+    digits, _, _, cars, screw, normal, contaminated, arrhythmia, inspection = (row[1:4] for row in rows)
+    assert digits == [
+        f"{_mean('digits', 'Toll'):.3f}",
+        f"{_mean('digits', 'Toll (beta=0)'):.3f}",
+        f"DenoisingAE {_mean('digits', 'DenoisingAE'):.3f}",
+    ]
+    assert cars[2] == f"DFM {_mean('images', 'DFM', dataset='cifar10'):.3f}"
+    for cell, label in zip(screw, ("PatchToll", "PatchToll (beta=0)", "PatchCore"), strict=True):
+        assert cell.endswith(f"{_mean('patches', label):.3f}, {_mean('patches', label, 'pro'):.3f}")
+    for row, protocol in ((normal, "semi-supervised"), (contaminated, "unsupervised")):
+        assert row[0].startswith(f"{_mean('tables', 'TollDetector', protocol=protocol):.3f}, ")
+    assert normal[2].startswith("LUNAR")
+    assert contaminated[2].startswith("OCSVM")
+    assert arrhythmia[0] == "0.692 ± 0.000"
+    assert inspection[0] == "6.9 ms, 2.2 MB"
+
+
+def test_the_readmes_table_is_filled_between_its_marks():
+    once = fill("before\n<!-- table: main -->\nold\n<!-- end -->\nafter <!-- end -->\n")
+    assert once == f"before\n<!-- table: main -->\n{main_table()}\n<!-- end -->\nafter <!-- end -->\n"
+    assert fill(once) == once
+    for text in ("none", "<!-- table: main -->", "<!-- end --><!-- table: main -->", 2 * once):
+        with pytest.raises(ValueError, match="one mark <!-- table: main -->"):
+            fill(text)
+
+
+def test_the_readmes_picture(tmp_path):
+    from PIL import Image
+
+    from benchmarks.report.overview import overview
+
+    overview(tmp_path / "picture.png")
+    for path in (tmp_path / "picture.png", RESULTS / "overview.png"):
+        assert path.stat().st_size < 200_000
+        with Image.open(path) as picture:
+            assert picture.width > 1000

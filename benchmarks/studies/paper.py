@@ -312,7 +312,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def make_table(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """A line per class, empty where it was not run, and beside it what others published."""
+    """A line for each class that was run, and beside it what others published."""
     done = [run for run in records if "error" not in run]
     dataset = record["dataset"]
     if dataset == "arrhythmia":
@@ -325,9 +325,9 @@ def make_table(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str
     lines = [f"| normal class, test {settings.metric} in % | " + " | ".join(_HEADS.values()) + " | seeds |"]
     lines.append("|---" * (len(_HEADS) + 2) + "|")
     ran = [c for c in range(settings.n_classes) if ("last", c) in by]
-    for c in range(settings.n_classes):
-        count = str(len(by["last", c])) if c in ran else ""
-        lines.append(f"| {c} | " + " | ".join(_cell(by.get((name, c), [])) for name in _HEADS) + f" | {count} |")
+    lines += [
+        f"| {c} | " + " | ".join(_cell(by[name, c]) for name in _HEADS) + f" | {len(by['last', c])} |" for c in ran
+    ]
     if ran:
         which = "all classes" if len(ran) == settings.n_classes else f"the classes that were run ({len(ran)})"
         means = [_cell([statistics.mean(by[name, c]) for c in ran]).split(" ±")[0] for name in _HEADS]
