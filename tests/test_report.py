@@ -568,3 +568,14 @@ def test_the_readmes_picture(tmp_path):
         assert path.stat().st_size < 200_000
         with Image.open(path) as picture:
             assert picture.width > 1000
+
+
+def test_the_benchmarks_readme_names_every_command_and_experiment():
+    text = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r'^        "(\w+)": ', (RESULTS.parent / "__main__.py").read_text(), re.MULTILINE)
+    experiments = [path.stem for path in (RESULTS.parent / "experiments").glob("*.yaml")]
+    assert len(commands) >= 12
+    for name in (*commands, *experiments):
+        assert re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", text) or f"benchmarks {name}" in text, name
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", text):
+        assert (RESULTS.parent / target).exists(), target
