@@ -16,10 +16,8 @@ from scipy.stats import wilcoxon
 
 from benchmarks.report import comparison, figures, report, variants
 from benchmarks.report.comparison import Group
-from benchmarks.report.readme import PAGES, fill, main_table, page, table_of
 from benchmarks.report.report import markdown_table
 from benchmarks.run import collected
-from benchmarks.run.records import RESULTS
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 
@@ -476,106 +474,3 @@ def test_a_collected_record_reads_as_its_runs(tmp_path):
     found = collected.read(tmp_path / "r.json")
     assert (found.name, found.about) == ("n", "a")
     assert found.runs == RUNS
-
-
-def _records():
-    return {str(path.relative_to(RESULTS).with_suffix("")): path for path in RESULTS.glob("**/*.json")}
-
-
-def test_every_record_stands_on_one_page():
-    shown = [name for path in PAGES.glob("*.md") for name in re.findall(r"<!-- table: (.*?) -->", path.read_text())]
-    assert sorted(shown) == sorted(_records())
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in PAGES.glob("*.md")))
-def test_the_committed_pages_are_what_the_command_writes(name):
-    text = (RESULTS / name).read_text(encoding="utf-8")
-    assert text == page(PAGES / name)
-    _, title, lead = text.split("\n\n")[:3]
-    assert title.startswith("# ")
-    assert len(lead.splitlines()) == 3  # sentences
-    assert "<!-- table" not in text
-    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
-        assert (RESULTS / target).exists()
-
-
-def test_pages_and_no_other():
-    assert {path.name for path in RESULTS.glob("*.md")} == {path.name for path in PAGES.glob("*.md")}
-
-
-def test_a_table_says_where_it_comes_from(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.report.readme.RESULTS", tmp_path)
-    made = {"date": "2026-01-02T03:04:05", "commit": "abcdef0123456", "machine": "vax", "cores": 2}
-    (tmp_path / "speed.json").write_text(json.dumps({"command": "speed", "table": "| a |", **made}))
-    assert (
-        table_of("speed") == "| a |\n\nRecord: [speed.json](speed.json) (2026-01-02, commit abcdef0123, vax, 2 cores)."
-    )
-
-
-def test_classes_that_were_not_run_are_no_rows():
-    rows = [line for line in table_of("paper_mnist").splitlines() if re.match(r"\| \d \|", line)]
-    assert [row[2] for row in rows] == ["0", "1"]
-
-
-def _mean(name, label, metric="auroc", **where):
-    """Mean over parts of the mean over seeds, by hand."""
-    runs = json.loads((RESULTS / f"{name}.json").read_text())["runs"]
-    parts = {}
-    for one in runs:
-        c = one["configuration"]
-        if c["label"] == label and all(c[key] == value for key, value in where.items()):
-            parts.setdefault(c["part"], []).append(one["metrics"][metric])
-    return np.mean([np.mean(values) for values in parts.values()])
-
-
-def test_the_main_table_is_that_of_the_records():
-    head, _, *rows = (cells(line) for line in main_table().splitlines())
-    assert head == ["data", "Toll", "its twin, beta 0", "best other", "verdict"]
-    assert len(rows) == 9
-    digits, _, _, cars, screw, normal, contaminated, arrhythmia, inspection = (row[1:4] for row in rows)
-    assert digits == [
-        f"{_mean('digits', 'Toll'):.3f}",
-        f"{_mean('digits', 'Toll (beta=0)'):.3f}",
-        f"DenoisingAE {_mean('digits', 'DenoisingAE'):.3f}",
-    ]
-    assert cars[2] == f"DFM {_mean('images', 'DFM', dataset='cifar10'):.3f}"
-    for cell, label in zip(screw, ("PatchToll", "PatchToll (beta=0)", "PatchCore"), strict=True):
-        assert cell.endswith(f"{_mean('patches', label):.3f}, {_mean('patches', label, 'pro'):.3f}")
-    for row, protocol in ((normal, "semi-supervised"), (contaminated, "unsupervised")):
-        assert row[0].startswith(f"{_mean('tables', 'TollDetector', protocol=protocol):.3f}, ")
-    assert normal[2].startswith("LUNAR")
-    assert contaminated[2].startswith("OCSVM")
-    assert arrhythmia[0] == "0.692 ± 0.000"
-    assert inspection[0] == "6.9 ms, 2.2 MB"
-
-
-def test_the_readmes_table_is_filled_between_its_marks():
-    once = fill("before\n<!-- table: main -->\nold\n<!-- end -->\nafter <!-- end -->\n")
-    assert once == f"before\n<!-- table: main -->\n{main_table()}\n<!-- end -->\nafter <!-- end -->\n"
-    assert fill(once) == once
-    for text in ("none", "<!-- table: main -->", "<!-- end --><!-- table: main -->", 2 * once):
-        with pytest.raises(ValueError, match="one mark <!-- table: main -->"):
-            fill(text)
-
-
-def test_the_readmes_picture(tmp_path):
-    from PIL import Image
-
-    from benchmarks.report.overview import overview
-
-    overview(tmp_path / "picture.png")
-    for path in (tmp_path / "picture.png", RESULTS / "overview.png"):
-        assert path.stat().st_size < 200_000
-        with Image.open(path) as picture:
-            assert picture.width > 1000
-
-
-def test_the_benchmarks_readme_names_every_command_and_experiment():
-    text = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r'^        "(\w+)": ', (RESULTS.parent / "__main__.py").read_text(), re.MULTILINE)
-    experiments = [path.stem for path in (RESULTS.parent / "experiments").glob("*.yaml")]
-    assert len(commands) >= 12
-    for name in (*commands, *experiments):
-        assert re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", text) or f"benchmarks {name}" in text, name
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", text):
-        assert (RESULTS.parent / target).exists(), target

@@ -41,9 +41,9 @@ def report(
         raise ValueError(msg)
     page = _page(title, experiments)
     sections = [f"## {one.name}\n\n{one.about}\n\n{markdown_table(one.runs)}" for one in experiments]
-    with whole(output) as html, whole(output.with_suffix(".md")) as markdown:
+    with whole(output) as html, whole(output.with_suffix(".md")) as beside:
         html.write_text(page, encoding="utf-8")
-        markdown.write_text("\n\n".join([f"# {title}", *sections]) + "\n", encoding="utf-8")
+        beside.write_text("\n\n".join([f"# {title}", *sections]) + "\n", encoding="utf-8")
     print(f"report {output}, {output.with_suffix('.md')}")
 
 

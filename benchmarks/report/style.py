@@ -81,6 +81,7 @@ def curves(axes: Axes, table: DataFrame, x: str, y: str, runs: Sequence[Run], *,
 
 
 def new_figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of a height in CSS pixels, and what its ``subplots`` returns."""
     from matplotlib.figure import Figure
 
     figure = Figure((_WIDTH / 72, height / 72))
@@ -98,8 +99,10 @@ def legend_below(figure: Figure, axes: Axes) -> None:
 
 
 def wrap(label: str, width: int = 30) -> str:
+    """A label on several lines."""
     return "\n".join(textwrap.wrap(label, width)) or label
 
 
 def shorten(label: str) -> str:
+    """A label on one line, cut where it is long."""
     return label if len(label) <= 26 else label[:25] + "…"

@@ -107,17 +107,18 @@ def choices(runs: Sequence[Run]) -> list[str]:
     for family in families(runs):
         if one := choose_without_labels(runs, family):
             error = f" ± {one.error:.4f}" * (one.error >= 0)
-            tested = "too few parts for a test" if one.p is None else f"Wilcoxon p = {one.p:.2g}"
+            test = "too few parts for a test" if one.p is None else f"Wilcoxon p = {one.p:.2g}"
             texts.append(
                 f"{family.argument} of {family.method} chosen on each part by the AUROC of held-out normal samples "
                 f"against splices of two of them: {one.chosen:.4f}, against {one.first:.4f} at "
-                f"{min(family.labels):g} ({one.chosen - one.first:+.4f}{error}, {tested}, worst part {one.worst:+.3f}, "
+                f"{min(family.labels):g} ({one.chosen - one.first:+.4f}{error}, {test}, worst part {one.worst:+.3f}, "
                 f"{one.parts} parts); the best single value in hindsight, {one.best_value:g}, has {one.best:.4f}."
             )
     return texts
 
 
 def failures(runs: Sequence[Run]) -> list[str]:
+    """Which method failed where, and with which error."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for run in runs:
         if "error" in run:
