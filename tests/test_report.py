@@ -15,7 +15,7 @@ from scipy.stats import wilcoxon
 from benchmarks.report import comparison, figures, report, variants
 from benchmarks.report.comparison import Group
 from benchmarks.report.report import markdown_table
-from benchmarks.run import collected
+from benchmarks.run import store as collected
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 
@@ -358,7 +358,7 @@ def test_what_is_no_record_is_named(tmp_path, text, message):
 
 
 def test_by_default_the_collected_records_of_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.run.collected.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.run.store.RESULTS", tmp_path)
     (tmp_path / "speed.json").write_text('{"command": "speed"}')
     with pytest.raises(ValueError, match="at least one record of run"):
         report.report(output=tmp_path / "page.html")

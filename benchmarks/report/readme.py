@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from benchmarks.report.report import markdown_table
-from benchmarks.run.collected import read
-from benchmarks.run.records import RESULTS
+from benchmarks.run.store import RESULTS, read
 
 README = Path(__file__).parents[2] / "README.md"
 

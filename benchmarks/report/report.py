@@ -14,8 +14,7 @@ from benchmarks.report import comparison
 from benchmarks.report.comparison import Difference, Group, Run
 from benchmarks.report.published import PUBLISHED
 from benchmarks.report.variants import choose_without_labels, families
-from benchmarks.run.collected import CONFIGURATION, Experiment, collected, read
-from benchmarks.run.records import RESULTS, whole
+from benchmarks.run.store import CONFIGURATION, RESULTS, Experiment, collected, read, whole
 
 if TYPE_CHECKING:
     from pandas import Series
