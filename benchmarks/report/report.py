@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import comparison, tables
 from benchmarks.report.comparison import Group, Run
-from benchmarks.run.collected import CONFIGURATION, Experiment, collected, read
-from benchmarks.run.records import RESULTS, whole
+from benchmarks.run.store import CONFIGURATION, RESULTS, Experiment, collected, read, whole
+from benchmarks.run.tables import markdown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -63,25 +63,24 @@ def _markdown(group: Group, runs: list[Run]) -> str:
         frame = frame.drop(columns="mean rank")
     elif by_part.shape[1] <= 10 and sum(len(name) + 3 for name in by_part) <= 60:
         frame = frame.join(by_part)
-    blocks = [f"**{_heading(group)}** ({_extent(runs)})", markdown(frame)]
+    blocks = [f"**{_heading(group)}** ({_extent(runs)})", _text(frame)]
     if (alone := tables.terms(runs)).rows:
-        blocks += ["AUROC of Toll's score and of each of its terms alone:", markdown(_frame(alone))]
+        blocks += ["AUROC of Toll's score and of each of its terms alone:", _text(_frame(alone))]
     blocks += map(_plain, (*tables.choices(runs), *tables.failures(runs), *tables.published(group, runs)[1]))
     return "\n\n".join(blocks)
 
 
 def _frame(table: tables.Table) -> DataFrame:
-    """The texts of a table, the best of each column bold."""
+    """The texts of a table, the best of each column bold, with a row for each method."""
     from pandas import DataFrame
 
     rows = {label: [f"**{c.text}**" if c.best else c.text for c in row] for label, row in table.rows.items()}
     return DataFrame.from_dict(rows, orient="index", columns=table.head).rename_axis("method")
 
 
-def markdown(frame: DataFrame, align: str = "right") -> str:
-    """A frame of texts as a Markdown table, its index on the left and the rest as ``align`` says."""
-    shown = frame.map(_plain).rename(index=_plain)
-    return str(shown.to_markdown(disable_numparse=True, colalign=("left", *[align] * frame.shape[1])))
+def _text(frame: DataFrame) -> str:
+    """A frame as Markdown, whatever stands in labels."""
+    return markdown(frame.reset_index().map(_plain).rename(columns=_plain).to_dict("records"))
 
 
 def _plain(text: str) -> str:
