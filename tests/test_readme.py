@@ -156,7 +156,7 @@ def test_there_are_blocks_for_every_user():
 
 def test_tables_are_those_of_the_records():
     from benchmarks.report.readme import fill
-    from benchmarks.run.records import RESULTS
+    from benchmarks.run.store import RESULTS
 
     assert {path.stem for path in RESULTS.glob("*.json")} == set(re.findall(r"<!-- table: (\w+) -->", TEXT))
     assert fill(TEXT) == TEXT
