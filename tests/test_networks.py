@@ -211,3 +211,10 @@ def test_modes_are_put_back_each_to_its_own():
         assert not network.decoder.training
     assert network.decoder.training
     assert not network.encoder.training
+
+
+def test_an_iterator_is_no_list_of_layers():
+    """It would be empty for the second network that is built from it."""
+    with pytest.raises(TypeError, match="hidden_sizes must be a sequence of integers, got <generator"):
+        DenseAutoencoder(6, (size for size in (8, 4)), 2)
+    assert DenseAutoencoder(6, range(4, 6), 2).arguments["hidden_sizes"] == [4, 5]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toll_plugin.core import TollLoss, TollTerms, toll_score, toll_terms
+from toll_plugin.core import TollLoss, TollTerms, terms_of_residual, toll_score, toll_terms
 
 X = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
 X_HAT = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
@@ -145,3 +146,21 @@ def test_arrays_give_what_tensors_give(exponent, dtype):
     for term, array in zip(terms, arrays, strict=True):
         torch.testing.assert_close(torch.from_numpy(array), term)
     torch.testing.assert_close(torch.from_numpy(loss.score(arrays)), loss.score(terms))
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_terms_of_a_residual_are_those_of_what_it_is_the_residual_of(exponent):
+    x, x_hat, z = torch.randn(5, 3, 4), torch.randn(5, 3, 4), torch.randn(5, 2)
+    expected = toll_terms(x, x_hat, z, exponent=exponent)
+    for kind in (lambda tensor: tensor, torch.Tensor.numpy):
+        found = terms_of_residual(kind(x - x_hat), kind(z), exponent=exponent)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(np.asarray(one), other.numpy(), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"latent must have shape \(5, ...\), one row per sample, got \(4, 2\)"):
+        terms_of_residual(x, z[:4])
+    with pytest.raises(ValueError, match="exponent must be one of 1, 2, got 3"):
+        terms_of_residual(x, z, exponent=3)
+
+
+def test_means_of_terms_are_numbers():
+    assert toll_score(TollTerms(5.0, 2.0), beta=10.0) == 25.0

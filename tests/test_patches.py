@@ -21,7 +21,7 @@ from toll_plugin.core import Autoencoder, DenseAutoencoder, DivergenceError, Pat
 from toll_plugin.core.patches import model as module
 from toll_plugin.core.patches.model import PreparedRows, enlarge
 from toll_plugin.core.rows import RowCache, RowSubset
-from toll_plugin.core.training.learners import cosine_adam
+from toll_plugin.core.training.optimizers import cosine_adam
 
 
 def _generator(seed: int = 0) -> torch.Generator:

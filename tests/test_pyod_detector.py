@@ -457,16 +457,96 @@ def test_divergence_leaves_the_earlier_fit():
     np.testing.assert_array_equal(detector.decision_function(OTHER), scores)
 
 
-def test_partial_fit_comes_closer_to_what_it_sees():
-    rng = np.random.default_rng(0)
-    basis = rng.normal(size=(2, 6))
-    pieces = [rng.normal(size=(100, 2)) @ basis for _ in range(6)]
-    detector = make(max_steps=60, n_members=1, metric="euclidean").partial_fit(pieces[0])
-    first = detector.decision_function(pieces[-1]).mean()
-    for piece in pieces[1:-1]:
+# -- pieces ------------------------------------------------------------------------------------
+
+
+def surface(kind: str, n: int, seed: int) -> np.ndarray:
+    """Rows around one of two curved surfaces of two dimensions in six columns."""
+    rng = np.random.default_rng(seed)
+    u, v = rng.uniform(-1, 1, size=(2, n))
+    if kind == "first":
+        x = np.stack([u, v, u * v, u**2, u - v, np.sin(3 * v)], axis=1)
+    else:
+        x = np.stack([u + v, -u, v**2, u, v, np.cos(3 * u)], axis=1) + 2
+    return x + 0.05 * rng.normal(size=x.shape)
+
+
+def aurocs(detector: TollDetector) -> list[float]:
+    """Of anomalies beside each surface."""
+    found = []
+    for kind in ("first", "second"):
+        normal, anomalous = surface(kind, 300, 8), surface(kind, 300, 9)
+        anomalous += 1.5 * np.random.default_rng(0).normal(size=anomalous.shape)
+        scores = detector.decision_function(np.concatenate([normal, anomalous]))
+        found.append(roc_auc_score(np.repeat([0, 1], 300), scores))
+    return found
+
+
+@pytest.mark.parametrize("order", [["first", "second"], ["first", "second"] * 5, ["first"] * 5 + ["second"] * 5])
+def test_a_piece_does_not_erase_those_before(order):
+    detector = TollDetector()
+    for i, kind in enumerate(order):
+        detector.partial_fit(surface(kind, 500, i))
+    assert min(aurocs(detector)) > 0.98
+
+
+def test_pieces_come_near_to_one_fit():
+    detector, pieces = make(n_members=1), np.split(surface("first", 1200, 0), 6)
+    for piece in pieces * 5:
         detector.partial_fit(piece)
-    assert detector.decision_function(pieces[-1]).mean() < 0.8 * first
-    assert same(make().partial_fit(X), make().fit(X))
+    whole = make(n_members=1, max_steps=300).fit(np.concatenate(pieces))
+    assert aurocs(detector)[0] > 0.95 * aurocs(whole)[0]
+    np.testing.assert_allclose(detector._model.scaling.scale, whole._model.scaling.scale, rtol=0.05)
+
+
+def test_a_call_is_one_pass_or_as_many_as_asked_for():
+    steps = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            steps.append(1)
+            return super().step(closure)
+
+    detector = make(optimizer=lambda parameters: Counting(parameters, lr=0.01), batch_size=10, n_members=1)
+    detector.partial_fit(surface("first", 40, 0))
+    assert len(steps) == 4
+    detector.partial_fit(surface("first", 40, 1), epochs=3)
+    assert len(steps) == 4 + 3 * 8  # with the 40 rows of the first piece
+    assert len(detector.history_["total"]) == 4
+    assert detector.best_epoch_ == [3]
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        detector.partial_fit(surface("first", 40, 2), epochs=0)
+
+
+def test_the_optimiser_goes_on():
+    detector, steps = make(batch_size=20), []
+    for lr in (1e-3, 1e-3, 1e-2):
+        detector.set_params(lr=lr).partial_fit(surface("first", 40, 0))
+        (state,) = detector._stream.states
+        steps.append(int(state["steps"]))
+    assert steps == [2, 2 + 4, 4]  # with as many rows rehearsed; another learning rate starts afresh
+
+
+def test_pieces_end_where_they_end_in_another_process():
+    pieces = np.array_split(X, 3)
+
+    def fed(copied):
+        detector = make()
+        for piece in pieces:
+            detector = copied(detector).partial_fit(piece)
+        return detector
+
+    assert same(fed(lambda d: d), fed(lambda d: pickle.loads(pickle.dumps(d))))
+
+
+def test_what_a_fit_learned_goes_on_to_be_trained_as_it_was_scaled():
+    detector = make().fit(X)
+    scaling = detector._model.scaling
+    for _ in range(2):
+        detector.partial_fit(OTHER + 5)
+        np.testing.assert_array_equal(detector._model.scaling.centre, scaling.centre)
+    assert detector.history_["total"].shape == (make().fit(X).history_["total"].shape[0] + 2,)
+    assert detector.fit(X)._stream is None
 
 
 def test_silent_unless_asked(capsys):
@@ -663,13 +743,13 @@ def test_one_far_row_does_not_blind_a_sparse_column():
 
 
 def test_curves_of_members_that_stopped_apart_are_averaged(monkeypatch):
-    from toll_plugin.core import fit
     from toll_plugin.core.tables import fit as table_training
+    from toll_plugin.core.training.fit import Trained, train
 
     def one_by_one(networks, *arguments, **options):
-        return [fit(network, *arguments, **options) for network in networks]
+        return Trained([train(network, *arguments, **options).histories[0] for network in networks], None)
 
-    monkeypatch.setattr(table_training, "fit_ensemble", one_by_one)  # as on a device other than the CPU
+    monkeypatch.setattr(table_training, "train_ensemble", one_by_one)  # as on a device other than the CPU
     detector = make(max_steps=None, epochs=60, patience=2, validation_fraction=0.3, lr=0.02, n_members=3).fit(X)
     assert len(set(detector.best_epoch_)) > 1
     assert np.isfinite(detector.history_["validation"]).all()
@@ -677,8 +757,30 @@ def test_curves_of_members_that_stopped_apart_are_averaged(monkeypatch):
 
 
 def test_patience_needs_rows_held_out():
-    with pytest.raises(ValueError, match="patience needs rows held out: validation_fraction must be more than 0"):
-        make(patience=5).fit(X)
+    for parameters in ({}, {"validation_fraction": 0.2}):
+        with pytest.raises(ValueError, match="patience needs rows held out: validation_fraction must be more than 0"):
+            make(patience=5, **parameters).fit(X[:2])
+
+
+def test_an_iterator_is_no_list_of_layers():
+    with pytest.raises(TypeError, match="hidden_sizes must be a sequence of integers, got <list_iterator"):
+        make(hidden_sizes=iter([16, 8])).fit(X)
+    assert len(list(make(hidden_sizes=np.array([16, 8])).fit(X)._model.networks[0].encoder)) == 7
+
+
+def test_each_term_alone_is_a_score():
+    whole = make(beta=2.0).fit(X)
+    found, parts = whole.explain(OTHER), {}
+    for term in ("reconstruction", "latent"):
+        detector = make(beta=2.0, score_term=term).fit(X)
+        parts[term] = detector.decision_function(OTHER)
+        np.testing.assert_array_equal(detector.explain(OTHER).score, parts[term])
+        detector.save("detector.toll")
+        np.testing.assert_array_equal(TollDetector.load("detector.toll").decision_function(OTHER), parts[term])
+    np.testing.assert_allclose(parts["reconstruction"], found.reconstruction)
+    np.testing.assert_allclose(2 * parts["latent"], found.latent)
+    with pytest.raises(ValueError, match="score_term must be one of 'total', 'reconstruction', 'latent', got 'sum'"):
+        make(score_term="sum").fit(X)
 
 
 def test_one_row_is_no_piece():

@@ -52,6 +52,16 @@ def test_everything_comes_back():
     )
 
 
+def test_a_file_of_format_1_is_read():
+    """Written by 0.1.0 before the score's term could be chosen."""
+    loaded = TollDetector.load(Path(__file__).parent / "data/detector_0.1.0.toll")
+    scores = loaded.decision_function(np.linspace(-2, 2, 12).reshape(3, 4))
+    expected = [3.239075499920327, 0.8918059896366245, 2.7372083413684547]
+    np.testing.assert_allclose(scores, expected, rtol=1e-12)
+    assert loaded.score_term == "total"
+    assert len(loaded.partial_fit(np.zeros((5, 4))).decision_scores_) == 5
+
+
 def test_training_goes_on_after_loading(saved):
     loaded, twin = TollDetector.load(saved), make().fit(X)
     assert same(loaded.partial_fit(OTHER), twin.partial_fit(OTHER))
@@ -60,7 +70,7 @@ def test_training_goes_on_after_loading(saved):
 def test_the_file_holds_no_code(saved):
     with safetensors.safe_open(str(saved), framework="numpy") as file:
         header = file.metadata()
-        assert header["format"] == "1"
+        assert header["format"] == "2"
         assert json.loads(header["config"])["n_features_in_"] == 6
     assert not zipfile.is_zipfile(saved)
     assert b"toll_plugin.pyod" not in saved.read_bytes()  # as a pickle would
@@ -97,8 +107,8 @@ def test_other_files_are_refused(saved):
     with pytest.raises(FileNotFoundError):
         TollDetector.load("nowhere.toll")
     header, arrays = persistence._read(saved)
-    safetensors.numpy.save_file(arrays, "later.toll", header | {"format": "2", "written by": "toll-plugin 9"})
-    with pytest.raises(ValueError, match=r"format 2, written by toll-plugin 9; this version reads format 1"):
+    safetensors.numpy.save_file(arrays, "later.toll", header | {"format": "3", "written by": "toll-plugin 9"})
+    with pytest.raises(ValueError, match=r"format 3, written by toll-plugin 9; this version reads formats 1 to 2"):
         TollDetector.load("later.toll")
 
 

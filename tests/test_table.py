@@ -17,9 +17,12 @@ from toll_plugin.core import (
     TableModel,
     TableScaling,
     TollLoss,
+    TrainingOptions,
     fit_table,
+    hold_out,
+    rehearse,
 )
-from toll_plugin.core.tables.model import TableRows
+from toll_plugin.core.tables.rows import TableRows
 from toll_plugin.core.tables.scoring import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
 
 X = np.random.default_rng(0).normal(size=(50, 4))
@@ -167,20 +170,50 @@ def test_parts_are_those_of_an_independent_loop():
         np.testing.assert_allclose(parts.contributions[i], residual.ravel() ** 2 / error)
 
 
-def test_fit_table_holds_out_the_share_it_was_asked_for():
-    seen = {}
+def test_a_split_holds_out_the_share_it_was_asked_for():
+    training, validation, measured = hold_out(50, 0.2, torch.Generator().manual_seed(0))
+    assert sorted([*training, *validation]) == list(range(50))
+    assert len(validation) == 10
+    assert measured.tolist() == training.tolist()
+    assert [len(part) for part in hold_out(3, 0.01, torch.Generator())] == [2, 1, 2]
+    assert [len(part) for part in hold_out(2, 0.9, torch.Generator())] == [2, 0, 2]
+    assert len(hold_out(10_050, 0.0, torch.Generator()).measured) == 10_000
 
-    def scaling(x, rows):
-        seen["rows"] = rows
-        return TableScaling().fit(x, rows)
 
-    def networks(inputs, generator):
-        return [DenseAutoencoder(inputs, (4,), 2, generator=generator)]
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_a_share_out_of_range_is_refused(fraction):
+    with pytest.raises(ValueError, match="validation_fraction must be"):
+        hold_out(10, fraction, torch.Generator())
 
-    model, (history,) = fit_table(
-        X, TollLoss(0.1), scaling, networks, validation_fraction=0.2, max_steps=None, max_epochs=3
-    )
-    assert len(seen["rows"]) == 40
-    assert len(set(seen["rows"])) == 40
+
+def test_fit_table_learns_some_rows_and_chooses_by_others():
+    split = hold_out(len(X), 0.2, torch.Generator().manual_seed(0))
+    scaling, network = TableScaling().fit(X, split.measured), DenseAutoencoder(4, (4,), 2)
+    options = TrainingOptions(max_epochs=3)
+    model, (history,), (state,) = fit_table(X, split, scaling, [network], TollLoss(0.1), options)
     assert len(history.validation) == 3
-    assert model.inputs == 4
+    plain = TableModel(scaling, model.networks, model.loss).score(X[split.validation]).mean()
+    assert plain == pytest.approx(history.validation[history.best_epoch], rel=1e-5)
+    assert state["steps"] == 6
+
+
+# -- going on ----------------------------------------------------------------------------------
+
+
+def test_what_is_rehearsed():
+    split = rehearse(30, 100, 500, torch.Generator().manual_seed(0))
+    assert split.training[:30].tolist() == list(range(30))
+    assert len(split.training) == 60
+    assert split.training[30:].min() >= 30
+    assert len(set(split.training)) == 60
+    assert split.measured.tolist() == list(range(130))
+    assert len(split.validation) == 0
+
+
+@pytest.mark.parametrize(("new", "old", "seen"), [(5_000, 10_000, 45_000), (40_000, 2_000, 2_000), (20_000, 0, 0)])
+def test_every_row_has_the_same_chance_to_be_kept(new, old, seen):
+    measured = rehearse(new, old, seen, torch.Generator().manual_seed(0)).measured
+    assert len(set(measured)) == len(measured) == 10_000
+    assert measured.max() < new + old
+    expected = 10_000 * new / (new + seen)
+    assert (measured < new).sum() == pytest.approx(expected, abs=5 * np.sqrt(expected * seen / (new + seen)) + 1e-9)

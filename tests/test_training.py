@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from toll_plugin.core import Autoencoder, ConvAutoencoder, DenseAutoencoder, DivergenceError, TollLoss, fit, terms_of
+from toll_plugin.core import (
+    Autoencoder,
+    ConvAutoencoder,
+    DenseAutoencoder,
+    DivergenceError,
+    TollLoss,
+    TrainingOptions,
+    fit,
+    terms_of,
+)
 from toll_plugin.core.training.divergence import DivergenceGuard
 
 
@@ -201,3 +210,62 @@ def test_terms_of_refuses_nothing_and_the_wrong_size():
         terms_of(_network(), X[:0], TollLoss())
     with pytest.raises(ValueError, match=r"input must have shape \(N, 1, 16, 16\)"):
         terms_of(ConvAutoencoder(16), torch.zeros(2, 1, 8, 16), TollLoss())
+
+
+# -- options, and what the loop looks at -----------------------------------------------------------
+
+
+def test_patience_needs_samples_to_see_improvement_on():
+    with pytest.raises(ValueError, match=r"patience needs held-out samples: pass validation, .* got 5"):
+        fit(_network(), X, TollLoss(), patience=5, max_epochs=1)
+    assert len(fit(_network(), X, TollLoss(), patience=None, max_epochs=30).total) == 30
+    history = fit(_network(), X, TollLoss(), validation=HELD_OUT, lr=0.3, max_epochs=500)
+    assert len(history.total) == history.best_epoch + 21  # "auto" is 20
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "steps"),
+    [
+        ({"max_epochs": 3, "batch_size": 10}, 37, 12),
+        ({"max_epochs": 3, "batch_size": 10}, 31, 9),  # the last sample joins the batch before it
+        ({"max_epochs": 3, "batch_size": 1}, 5, 15),
+        ({"max_epochs": 3, "batch_size": 10, "max_steps": 7}, 37, 7),
+        ({"max_epochs": None, "max_steps": 7}, 37, 7),
+    ],
+)
+def test_steps_of_a_fit(options, n, steps):
+    taken = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            taken.append(1)
+            return super().step(closure)
+
+    assert TrainingOptions(**options).steps(n) == steps
+    fit(_network(), torch.randn(n, 6), TollLoss(), optimizer=lambda p: Counting(p, lr=0.01), **options)
+    assert len(taken) == steps
+
+
+def test_nothing_would_end_the_fit():
+    with pytest.raises(ValueError, match="max_epochs and max_steps must not both be None"):
+        TrainingOptions(max_epochs=None)
+
+
+def test_the_first_step_that_is_not_finite_is_named_though_it_is_seen_later():
+    taken = []
+
+    class Breaks(torch.optim.SGD):
+        """Ruins the weights at the hundredth step, which the step after it shows."""
+
+        def step(self):
+            taken.append(1)
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.mul_(float("nan") if len(taken) == 100 else 1.0)
+
+    x = torch.randn(1000, 6)
+    with pytest.raises(DivergenceError) as caught:
+        fit(_network(), x, TollLoss(), optimizer=lambda p: Breaks(p, lr=1.0), batch_size=2, max_epochs=1)
+    assert caught.value.step == 100
+    assert caught.value.last_finite["total"] > 0
+    assert 100 < len(taken) <= 164

@@ -81,7 +81,9 @@ class CollapseMonitor:
         self._anomalous: list[Tensor] = []
 
     @torch.no_grad()
-    def update(self, x: Tensor, terms: TollTerms, anomalous: Tensor | None = None, *, exponent: int = 1) -> None:
+    def update(
+        self, x: Tensor, terms: TollTerms[Tensor], anomalous: Tensor | None = None, *, exponent: int = 1
+    ) -> None:
         """Add a batch.
 
         Args:

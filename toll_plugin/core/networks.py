@@ -6,7 +6,7 @@ any image size, :class:`DenseAutoencoder` any table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toll_plugin.core.checks import check_finite_float, check_image_size, check_integer
 from toll_plugin.core.modes import evaluating
 
-__all__ = ["Autoencoder", "ConvAutoencoder", "DenseAutoencoder", "check_input"]
+__all__ = ["Autoencoder", "ConvAutoencoder", "DenseAutoencoder", "blocks", "check_input"]
 
 
 class Autoencoder(nn.Module):
@@ -195,11 +195,11 @@ class DenseAutoencoder(Autoencoder):
     ) -> None:
         check_integer("n_features", n_features, minimum=1)
         check_integer("latent_dim", latent_dim, minimum=1)
-        if isinstance(hidden_sizes, str) or not isinstance(hidden_sizes, Iterable):
+        # An iterator would be empty the second time that a network is built from it.
+        if isinstance(hidden_sizes, str | Iterator) or not isinstance(hidden_sizes, Iterable):
             msg = f"hidden_sizes must be a sequence of integers, got {hidden_sizes!r}"
             raise TypeError(msg)
-        for i, size in enumerate(hidden_sizes):
-            check_integer(f"hidden_sizes[{i}]", size, minimum=1)
+        hidden_sizes = [check_integer(f"hidden_sizes[{i}]", size, minimum=1) for i, size in enumerate(hidden_sizes)]
         if check_finite_float("dropout", dropout, minimum=0) >= 1:
             msg = f"dropout must be in [0, 1), got {dropout!r}"
             raise ValueError(msg)
@@ -209,7 +209,7 @@ class DenseAutoencoder(Autoencoder):
         #: What a network of the same shape is made with.
         self.arguments: dict[str, Any] = {
             "n_features": int(n_features),
-            "hidden_sizes": [int(size) for size in hidden_sizes],
+            "hidden_sizes": hidden_sizes,
             "latent_dim": int(latent_dim),
             "batch_norm": bool(batch_norm),
             "dropout": float(dropout),
@@ -236,6 +236,16 @@ def _linear(before: int, after: int, generator: torch.Generator | None) -> nn.Li
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
     return layer
+
+
+def blocks(stack: nn.Module) -> list[list[nn.Module]]:
+    """The modules of a dense stack, cut before every linear layer."""
+    cut: list[list[nn.Module]] = []
+    for module in stack.children():
+        if isinstance(module, nn.Linear):
+            cut.append([])
+        cut[-1].append(module)
+    return cut
 
 
 def check_input(network: nn.Module, x: Tensor) -> None:

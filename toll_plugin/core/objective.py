@@ -6,29 +6,45 @@ Training minimises the mean of what scoring reports per sample, so both come fro
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import NamedTuple
 
 from toll_plugin.core.checks import check_finite_float, check_option
 
-__all__ = ["ScoreTerm", "TollLoss", "TollTerms", "norm_per_sample", "toll_score", "toll_slopes", "toll_terms"]
+__all__ = [
+    "ScoreTerm",
+    "TollLoss",
+    "TollTerms",
+    "norm_per_sample",
+    "terms_of_residual",
+    "toll_score",
+    "toll_slopes",
+    "toll_terms",
+]
 
 ScoreTerm = Literal["total", "reconstruction", "latent"]
 
+#: Images are tensors, tables are NumPy arrays.
+ArrayT = TypeVar("ArrayT", Tensor, NDArray[Any])
+#: What has been averaged over a batch is a number.
+ValueT = TypeVar("ValueT", Tensor, NDArray[Any], float)
 
-class TollTerms(NamedTuple):
-    """The two unweighted, unreduced terms of a batch of N samples.
+
+class TollTerms(NamedTuple, Generic[ValueT]):
+    """The two unweighted terms: of each of N samples, or their means over a batch as two numbers.
 
     Attributes:
         reconstruction: Norm of each sample's residual, shape ``(N,)``, in units of the input.
         latent: Norm of each sample's latent, shape ``(N,)``, in units of the latent.
     """
 
-    reconstruction: Tensor
-    latent: Tensor
+    reconstruction: ValueT
+    latent: ValueT
 
 
 def norm_per_sample(values: Any, exponent: int) -> Any:
@@ -49,7 +65,36 @@ def norm_per_sample(values: Any, exponent: int) -> Any:
     return norm.square() if exponent == 2 else norm
 
 
-def toll_terms(x: Tensor, reconstruction: Tensor, latent: Tensor, *, exponent: int = 1) -> TollTerms:
+def terms_of_residual(residual: ArrayT, latent: ArrayT, *, exponent: int = 1) -> TollTerms[ArrayT]:
+    r"""Per-sample terms :math:`\|r_i\|_2^p` and :math:`\|z_i\|_2^p` of a residual that is already there.
+
+    For a residual :math:`r = x - \hat x` that is measured in a metric of its own before its norm is
+    taken; :func:`toll_terms` is this function of the plain residual.
+
+    Args:
+        residual: Shape ``(N, *)``; flattened per sample.
+        latent: What the encoder made of the samples, shape ``(N, *)``; flattened per sample.
+        exponent: ``p``, 1 or 2, see :func:`toll_terms`.
+
+    Returns:
+        Both terms, each of shape ``(N,)``, of the kind of the arguments.
+
+    Raises:
+        ValueError: If ``latent`` does not have one row per sample, or ``exponent`` is neither 1 nor 2.
+
+    Example:
+        >>> import numpy as np
+        >>> terms_of_residual(np.array([[3.0, 4.0]]), np.array([[0.6, 0.8]]))
+        TollTerms(reconstruction=array([5.]), latent=array([1.]))
+    """
+    check_option("exponent", exponent, (1, 2))
+    if latent.ndim < 2 or latent.shape[0] != residual.shape[0]:
+        msg = f"latent must have shape ({residual.shape[0]}, ...), one row per sample, got {tuple(latent.shape)}"
+        raise ValueError(msg)
+    return TollTerms(norm_per_sample(residual, exponent), norm_per_sample(latent, exponent))
+
+
+def toll_terms(x: ArrayT, reconstruction: ArrayT, latent: ArrayT, *, exponent: int = 1) -> TollTerms[ArrayT]:
     r"""Per-sample terms :math:`\|x_i - \hat x_i\|_2^p` and :math:`\|z_i\|_2^p`.
 
     Args:
@@ -75,17 +120,13 @@ def toll_terms(x: Tensor, reconstruction: Tensor, latent: Tensor, *, exponent: i
         >>> toll_terms(x, x_hat, torch.tensor([[0.6, 0.8]]))
         TollTerms(reconstruction=tensor([5.]), latent=tensor([1.]))
     """
-    check_option("exponent", exponent, (1, 2))
     if x.shape != reconstruction.shape:
         msg = f"reconstruction must have the shape of x, {tuple(x.shape)}, got {tuple(reconstruction.shape)}"
         raise ValueError(msg)
-    if latent.ndim < 2 or latent.shape[0] != x.shape[0]:
-        msg = f"latent must have shape ({x.shape[0]}, ...), one row per sample of x, got {tuple(latent.shape)}"
-        raise ValueError(msg)
-    return TollTerms(norm_per_sample(x - reconstruction, exponent), norm_per_sample(latent, exponent))
+    return terms_of_residual(x - reconstruction, latent, exponent=exponent)
 
 
-def toll_score(terms: TollTerms, *, beta: float, term: ScoreTerm = "total") -> Tensor:
+def toll_score(terms: TollTerms[ValueT], *, beta: float, term: ScoreTerm = "total") -> ValueT:
     r"""Anomaly score :math:`s_i = \|x_i - \hat x_i\|^p + \beta\|z_i\|^p`, higher is more anomalous.
 
     Args:
@@ -119,7 +160,7 @@ def toll_score(terms: TollTerms, *, beta: float, term: ScoreTerm = "total") -> T
     return terms.reconstruction + beta * terms.latent
 
 
-def toll_slopes(terms: TollTerms, *, beta: float, exponent: int = 1) -> tuple[Tensor, Tensor]:
+def toll_slopes(terms: TollTerms[ArrayT], *, beta: float, exponent: int = 1) -> tuple[ArrayT, ArrayT]:
     r"""Derivatives of :func:`toll_score` along the residual and the latent, for steps written out.
 
     The derivative of sample i's score by its reconstruction is :math:`a_i (\hat x_i - x_i)`, by
@@ -177,15 +218,15 @@ class TollLoss(nn.Module):
         self.beta = check_finite_float("beta", beta, minimum=0)
         self.exponent = int(exponent)
 
-    def terms(self, x: Tensor, reconstruction: Tensor, latent: Tensor) -> TollTerms:
+    def terms(self, x: ArrayT, reconstruction: ArrayT, latent: ArrayT) -> TollTerms[ArrayT]:
         """Unweighted per-sample terms, see :func:`toll_terms`."""
         return toll_terms(x, reconstruction, latent, exponent=self.exponent)
 
-    def slopes(self, terms: TollTerms) -> tuple[Tensor, Tensor]:
+    def slopes(self, terms: TollTerms[ArrayT]) -> tuple[ArrayT, ArrayT]:
         """Derivatives of the score along residual and latent, see :func:`toll_slopes`."""
         return toll_slopes(terms, beta=self.beta, exponent=self.exponent)
 
-    def score(self, terms: TollTerms, term: ScoreTerm = "total") -> Tensor:
+    def score(self, terms: TollTerms[ValueT], term: ScoreTerm = "total") -> ValueT:
         """Per-sample anomaly score, see :func:`toll_score`."""
         return toll_score(terms, beta=self.beta, term=term)
 

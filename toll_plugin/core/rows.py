@@ -1,11 +1,11 @@
-"""Rows that were computed once: in memory up to a limit, beyond it in a memory-mapped file."""
+"""Samples that are fetched when they are needed: a protocol, and rows kept in memory or in a file."""
 
 from __future__ import annotations
 
 import tempfile
 import weakref
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -13,9 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from toll_plugin.core.checks import check_finite_float
-from toll_plugin.core.training.learners import Rows
 
-__all__ = ["RowCache", "RowSubset"]
+__all__ = ["RowCache", "RowSubset", "Rows"]
+
+
+class Rows(Protocol):
+    """Samples that are fetched when they are needed; a tensor is one."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: slice | Tensor, /) -> Tensor:
+        """The samples at ``index``, shape ``(N, *)``."""
 
 
 class RowCache:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 __all__ = ["Overlapping", "fork_safe", "is_this_thread", "one_thread", "this_thread"]
 
@@ -56,7 +57,37 @@ class Overlapping:
                     self._stack.close()
 
 
-_one_blas_thread = Overlapping(lambda: threadpool_limits(limits=1, user_api="blas"))
+_known: tuple[int, ThreadpoolController] | None = None
+
+
+def _controller() -> ThreadpoolController:
+    """The libraries that have threads of their own, looked for anew only where something was imported since.
+
+    Looking for them takes 10 ms, which is more than scoring a row does.
+    """
+    global _known  # noqa: PLW0603
+    modules = len(sys.modules)
+    if _known is None or _known[0] != modules:
+        _known = modules, ThreadpoolController()
+    return _known[1]
+
+
+@contextmanager
+def _one_thread_of(api: str) -> Iterator[None]:
+    # Selected first: a limit that ends puts back the threads of all libraries of its controller.
+    limit = _controller().select(user_api=api).limit(limits=1)
+    try:
+        yield
+    finally:
+        # From 3.8 on, threadpoolctl lets only the thread that set OpenBLAS's limit put it back; here that is
+        # whichever thread ends last.
+        let_go = getattr(OpenBLASController, "clear_controlling_thread", lambda **_: None)
+        let_go(force=True)
+        limit.restore_original_limits()
+        let_go(force=True)
+
+
+_one_blas_thread = Overlapping(lambda: _one_thread_of("blas"))
 
 
 @contextmanager
@@ -67,7 +98,7 @@ def one_thread() -> Iterator[None]:
     number of cores; on small networks more threads gain nothing. BLAS's limit holds for the
     whole process.
     """
-    with threadpool_limits(limits=1, user_api="openmp"), _one_blas_thread():
+    with _one_thread_of("openmp"), _one_blas_thread():
         yield
 
 

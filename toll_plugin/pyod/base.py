@@ -1,4 +1,4 @@
-"""PyOD's base class, where it would surprise."""
+"""PyOD's ``BaseDetector`` with the methods mended that fail or mislead on valid input."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ from sklearn.exceptions import NotFittedError
 from typing_extensions import Self
 
 from toll_plugin.core.checks import check_option
-from toll_plugin.core.tables.model import Floats
+from toll_plugin.core.tables.model import TableModel
+from toll_plugin.core.tables.scaling import Floats
 
-__all__ = ["CarefulDetector"]
+__all__ = ["CURVES", "CarefulDetector"]
+
+#: What ``history_`` holds, in this order.
+CURVES = ("total", "reconstruction", "latent", "validation")
 
 
 class CarefulDetector(BaseDetector):
-    """``BaseDetector`` whose methods take any float as contamination, lists, and thresholders.
+    """A detector of tables whose methods take any float as contamination, lists of rows, and thresholders.
 
-    A subclass sets ``_model`` and ``_thresholder`` (a Python float, or a thresholder of its own) and
-    ``decision_scores_`` when it is fitted, then calls :meth:`_label`.
+    A subclass sets ``_model``, ``decision_scores_`` and ``_thresholder`` (the contamination as a Python
+    float, or a thresholder of its own) when it is fitted, then calls :meth:`_label`.
     """
 
+    _model: TableModel
     _thresholder: Any
     decision_scores_: Floats
     labels_: NDArray[np.int64]
     threshold_: float
+    history_: dict[str, Floats]
+    best_epoch_: list[int]
+    n_features_in_: int
+    feature_names_in_: NDArray[np.object_]
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "_model"):

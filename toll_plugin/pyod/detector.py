@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
-from torch import nn
+from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_integer, check_option
 from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
-from toll_plugin.core.objective import TollLoss
-from toll_plugin.core.tables.fit import Metric, fit_table
-from toll_plugin.core.tables.model import Floats, Preprocessing, TableModel
-from toll_plugin.core.tables.scaling import TablePreprocessing, TableScaling
-from toll_plugin.core.training.fit import History
-from toll_plugin.core.training.learners import MakeOptimizer
-from toll_plugin.pyod.base import CarefulDetector
+from toll_plugin.core.objective import ScoreTerm, TollLoss
+from toll_plugin.core.tables.fit import FittedTable, Metric, TableSplit, fit_table, hold_out, rehearse
+from toll_plugin.core.tables.rows import Preprocessing, scale_rows
+from toll_plugin.core.tables.scaling import Floats, TablePreprocessing, TableScaling
+from toll_plugin.core.training.loop import History
+from toll_plugin.core.training.optimizers import MakeOptimizer
+from toll_plugin.core.training.options import TrainingOptions
+from toll_plugin.pyod.base import CURVES, CarefulDetector
 from toll_plugin.pyod.explanation import Explanation, plot_history, plot_latent
 from toll_plugin.pyod.onnx import to_onnx
 from toll_plugin.pyod.persistence import load, save
@@ -55,6 +56,8 @@ class TollDetector(CarefulDetector):
         latent_dim: Length of the latent z. Default 32.
         beta: Weight of the latent norm, in units of the scaled data per unit of the latent. Default 0.1.
         exponent: p, 1 (default, the authors' code) or 2 (squared norms, the paper's text).
+        score_term: What a score is: ``"total"`` (default, the sum above), ``"reconstruction"`` or
+            ``"latent"`` alone and unweighted; training does not change.
         encoder: Module of your own, rows ``(N, n_inputs)`` to latents; with ``decoder`` and ``n_members=1``.
             It is copied, and the copy trained on from the weights it has. Weights that encoder and decoder
             share are shared in the copy, but not in a ``clone``, which copies each by itself.
@@ -88,7 +91,7 @@ class TollDetector(CarefulDetector):
         threshold_: Score above which a row is labelled 1.
         labels_: 0 or 1 for each training row.
         history_: Curves per epoch, means over the members: ``total``, ``reconstruction``, ``latent``
-            and, with rows held out, ``validation``.
+            and, with rows held out, ``validation``. Each ``partial_fit`` adds its epochs.
         best_epoch_: The epoch, from 0, whose weights each member has.
         n_features_in_: Number of columns.
         feature_names_in_: Their names, if the table had any.
@@ -114,6 +117,8 @@ class TollDetector(CarefulDetector):
         array([0, 0, 1])
     """
 
+    _stream: _Stream | None = None
+
     def __init__(
         self,
         contamination: Any = 0.1,
@@ -122,6 +127,7 @@ class TollDetector(CarefulDetector):
         latent_dim: int = 32,
         beta: float = 0.1,
         exponent: int = 1,
+        score_term: ScoreTerm = "total",
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         batch_norm: bool = True,
@@ -147,6 +153,7 @@ class TollDetector(CarefulDetector):
         self.latent_dim = latent_dim
         self.beta = beta
         self.exponent = exponent
+        self.score_term = score_term
         self.encoder = encoder
         self.decoder = decoder
         self.batch_norm = batch_norm
@@ -168,62 +175,138 @@ class TollDetector(CarefulDetector):
 
     # -- fitting -------------------------------------------------------------------------------
 
+    @torch.inference_mode(mode=False)
     def fit(self, X: Any, y: Any = None) -> TollDetector:  # noqa: ARG002, N803  scikit-learn's signature
         """Train on ``X``, rows ``(N, n_features)``, N at least 2; ``y`` is ignored."""
-        self.__dict__ = self._fitted(X, start=None).__dict__
-        return self
-
-    def partial_fit(self, X: Any, y: Any = None) -> TollDetector:  # noqa: ARG002, N803
-        """Go on training with another piece of the data, at least two rows; the first call is a ``fit``.
-
-        Scaling and networks stay those of the first piece, whatever parameters were set since; the
-        optimiser starts afresh. Scores, labels, threshold and history are those of the latest piece.
-        """
-        self.__dict__ = self._fitted(X, start=getattr(self, "_model", None)).__dict__
-        return self
-
-    def _fitted(self, x: Any, start: TableModel | None) -> TollDetector:
-        """A copy that has learned ``x``; whatever goes wrong, this object has not changed."""
         new = copy.copy(self)
-        table = check_table(new, x, reset=start is None, minimum=2)
-        new._thresholder = check_contamination(self.contamination)
-        model, histories = new._train(table, start)
-        new._model = model
-        new.history_ = _mean_curves(histories)
-        new.best_epoch_ = [history.best_epoch for history in histories]
-        new.decision_scores_ = model.score(table)
-        new._label()
-        return new
+        table = new._checked(X, reset=True)
+        options = new._options(self.epochs, self.max_steps, self.patience)
+        generator = torch.Generator().manual_seed(seed_of(self.random_state))
+        split = hold_out(len(table), self.validation_fraction, generator)
+        if self.patience is not None and len(split.validation) == 0:
+            msg = f"patience needs rows held out: validation_fraction must be more than 0, got {len(table)} rows and "
+            msg += f"validation_fraction={self.validation_fraction!r}"
+            raise ValueError(msg)
+        scaling = new._fit_scaling(table, split.measured)
+        networks = new._build_networks(scale_rows(scaling, table[:1]).shape[1], generator)
+        fitted = new._train(table, split, scaling, networks, options, generator)
+        new._take(fitted, table, {})
+        new._stream = None
+        self.__dict__ = new.__dict__
+        return self
 
-    def _train(self, table: NDArray[Any], start: TableModel | None) -> tuple[TableModel, list[History]]:
+    @torch.inference_mode(mode=False)
+    def partial_fit(self, X: Any, y: Any = None, *, epochs: int = 1) -> TollDetector:  # noqa: ARG002, N803
+        """Learn one more piece of data that arrive in pieces, without forgetting those before.
+
+        A call is one pass over the piece, not a whole ``fit``: the parameters ``max_steps``, ``epochs``,
+        ``validation_fraction`` and ``patience`` do not count. Networks and optimiser go on from call to
+        call. The detector keeps a sample of at most 10 000 rows in which each row of all pieces has the same
+        chance to be. On it columns and residuals are measured anew each time, and as many of its rows as
+        the piece has are trained on beside them, so that the order of the pieces matters little.
+
+        ``fit`` and :meth:`load` leave no such sample: what they learned goes on to be trained with its columns
+        scaled as before, but their rows are not rehearsed. Whoever will add pieces begins with
+        ``partial_fit(X, epochs=...)``.
+
+        Afterwards training scores, labels and threshold are those of the latest piece, and the history is
+        that of all pieces.
+
+        Args:
+            X: Rows ``(N, n_features)``, N at least 2.
+            y: Ignored.
+            epochs: Passes over the piece. Default 1.
+
+        Raises:
+            TypeError: If ``epochs`` is no integer.
+            ValueError: If it is below 1, or the table has other columns than before.
+        """
+        new, first = copy.copy(self), not hasattr(self, "_model")
+        piece = new._checked(X, reset=first)
+        options = new._options(check_integer("epochs", epochs, minimum=1), None, None)
+        generator = torch.Generator().manual_seed(seed_of(self.random_state))
+        stream = self._stream or _Stream(piece[:0], 0, first, [], None, generator.get_state())
+        generator.set_state(stream.random)
+        rows = np.concatenate([piece, stream.sample])
+        split = rehearse(len(piece), len(stream.sample), stream.seen, generator)
+        scaling = new._fit_scaling(rows, split.measured) if stream.whole else self._model.scaling
+        if first:
+            networks = new._build_networks(scale_rows(scaling, piece[:1]).shape[1], generator)
+        else:
+            networks = copy.deepcopy(self._model.networks)
+        optimizer = (self.optimizer, self.lr)
+        states = stream.states if stream.optimizer == optimizer else []
+        fitted = new._train(rows, split, scaling, networks, options, generator, states)
+        new._take(fitted, piece, {} if first else self.history_)
+        seen = stream.seen + len(piece)
+        new._stream = _Stream(
+            rows[split.measured], seen, stream.whole, fitted.optimizers, optimizer, generator.get_state()
+        )
+        self.__dict__ = new.__dict__
+        return self
+
+    def _checked(self, x: Any, *, reset: bool) -> NDArray[Any]:
+        """The rows to train on, and the parameters that no later step looks at."""
+        table = check_table(self, x, reset=reset, minimum=2)
+        self._thresholder = check_contamination(self.contamination)
         check_integer("n_members", self.n_members, minimum=1)
-        if self.epochs is not None:
-            check_integer("epochs", self.epochs, minimum=1)
-        elif self.max_steps is None:
+        check_option("score_term", self.score_term, get_args(ScoreTerm))
+        check_option("verbose", self.verbose, (0, 1, 2))
+        return table
+
+    def _options(self, epochs: int | None, max_steps: int | None, patience: int | None) -> TrainingOptions:
+        if epochs is not None:
+            check_integer("epochs", epochs, minimum=1)
+        elif max_steps is None:
             msg = "epochs and max_steps must not both be None: nothing would end the fit"
             raise ValueError(msg)
-        check_option("verbose", self.verbose, (0, 1, 2))
-        return fit_table(
-            table,
-            TollLoss(self.beta, exponent=self.exponent),
-            self._scaling if start is None else lambda *_: start.scaling,
-            self._networks if start is None else lambda *_: copy.deepcopy(start.networks),
-            metric=self.metric,
-            validation_fraction=self.validation_fraction,
+        return TrainingOptions(
             optimizer=self.optimizer,
             lr=self.lr,
             batch_size=self.batch_size,
-            max_epochs=self.epochs,
-            max_steps=self.max_steps,
-            patience=self.patience,
+            max_epochs=epochs,
+            max_steps=max_steps,
+            patience=patience,
             noise=self.noise,
-            device=check_device(self.device),
-            seed=seed_of(self.random_state),
-            progress=self.verbose == 1,
-            on_epoch=_print_epoch if self.verbose == 2 else None,
         )
 
-    def _scaling(self, table: NDArray[Any], rows: NDArray[np.int64]) -> Preprocessing:
+    def _train(
+        self,
+        table: NDArray[Any],
+        split: TableSplit,
+        scaling: Preprocessing,
+        networks: list[nn.Module],
+        options: TrainingOptions,
+        generator: torch.Generator,
+        optimizers: Sequence[dict[str, Any] | None] = (),
+    ) -> FittedTable:
+        return fit_table(
+            table,
+            split,
+            scaling,
+            networks,
+            TollLoss(self.beta, exponent=self.exponent),
+            options,
+            metric=self.metric,
+            score_term=self.score_term,
+            device=check_device(self.device),
+            generator=generator,
+            progress=self.verbose == 1,
+            on_epoch=_print_epoch if self.verbose == 2 else None,
+            optimizers=optimizers,
+        )
+
+    def _take(self, fitted: FittedTable, table: NDArray[Any], before: Mapping[str, Floats]) -> None:
+        """Set what a fit leaves on the detector; ``before`` are the curves that the new ones go on from."""
+        self._model = fitted.model
+        curves = _mean_curves(fitted.histories)
+        done = len(before.get("total", ()))
+        self.history_ = {name: np.concatenate([before.get(name, new[:0]), new]) for name, new in curves.items()}
+        self.best_epoch_ = [done + history.best_epoch for history in fitted.histories]
+        self.decision_scores_ = fitted.model.score(table)
+        self._label()
+
+    def _fit_scaling(self, table: NDArray[Any], rows: NDArray[np.int64]) -> Preprocessing:
         if isinstance(self.preprocessing, str):
             return TableScaling(cast("TablePreprocessing", self.preprocessing)).fit(table, rows)
         if not callable(getattr(self.preprocessing, "transform", None)):
@@ -232,7 +315,7 @@ class TollDetector(CarefulDetector):
         fitted: Preprocessing = clone(self.preprocessing).fit(table[rows])
         return fitted
 
-    def _networks(self, inputs: int, generator: torch.Generator) -> list[nn.Module]:
+    def _build_networks(self, inputs: int, generator: torch.Generator) -> list[nn.Module]:
         if self.encoder is None and self.decoder is None:
             shape: dict[str, Any] = {"batch_norm": self.batch_norm, "dropout": self.dropout, "generator": generator}
             return [
@@ -286,37 +369,6 @@ class TollDetector(CarefulDetector):
         check_finite(x, None)
         table: NDArray[Any] = x
         return table
-
-    # -- what toll_plugin.pyod.persistence writes and reads -------------------------------------
-
-    def _fitted_values(self) -> dict[str, Any]:
-        """What was learned, beside the model and the arrays, as JSON knows it."""
-        if not isinstance(self._thresholder, float):
-            msg = (
-                f"contamination must be a number to be saved without code, got {self.contamination!r}; "
-                "pickle the detector instead"
-            )
-            raise TypeError(msg)
-        names = getattr(self, "feature_names_in_", None)
-        return {
-            "n_features_in_": self.n_features_in_,
-            "feature_names_in_": None if names is None else [str(name) for name in names],
-            "best_epoch_": self.best_epoch_,
-            "threshold_": self.threshold_,
-            "_mu": self._mu,
-            "_sigma": self._sigma,
-            "_thresholder": self._thresholder,
-        }
-
-    def _restore(self, model: TableModel, values: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-        names = values["feature_names_in_"]
-        if names is not None:
-            self.feature_names_in_ = np.array(names, dtype=object)
-        for name in ("n_features_in_", "best_epoch_", "threshold_", "_mu", "_sigma", "_thresholder"):
-            setattr(self, name, values[name])
-        self._model, self._classes = model, 2
-        self.decision_scores_, self.labels_ = arrays["scores"], arrays["labels"]
-        self.history_ = {name: arrays[f"history.{name}"] for name in _CURVES if f"history.{name}" in arrays}
 
     # -- plots, files --------------------------------------------------------------------------
 
@@ -380,9 +432,29 @@ class TollDetector(CarefulDetector):
         to_onnx(self._model, self.n_features_in_, path)
 
 
+class _Stream(NamedTuple):
+    """What ``partial_fit`` needs to go on, beside the model.
+
+    Attributes:
+        sample: Of all rows of all pieces.
+        seen: How many rows those were.
+        whole: Whether they are all that the networks have learned.
+        states: Of the optimisers.
+        optimizer: The parameters ``optimizer`` and ``lr`` that the states belong to.
+        random: State of the generator.
+    """
+
+    sample: NDArray[Any]
+    seen: int
+    whole: bool
+    states: list[dict[str, Any] | None]
+    optimizer: tuple[Any, float] | None
+    random: Tensor
+
+
 def _mean_curves(histories: list[History]) -> dict[str, Floats]:
     curves = {}
-    for name in _CURVES:
+    for name in CURVES:
         values = [getattr(history, name) for history in histories]
         # Members that were trained one after the other may have stopped at different epochs.
         whole = np.full((len(values), max(map(len, values))), np.nan)
@@ -398,5 +470,4 @@ def _print_epoch(epoch: int, histories: list[History]) -> None:
     sys.stdout.write(f"epoch {epoch + 1} {values}\n")
 
 
-_CURVES = ("total", "reconstruction", "latent", "validation")
 _PLAIN = (np.dtype(np.float64), np.dtype(np.float32))

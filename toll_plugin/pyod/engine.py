@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from toll_plugin import __version__
 from toll_plugin.pyod.detector import TollDetector
 
 __all__ = ["register"]
@@ -50,5 +51,5 @@ def register(engine: Any) -> None:
         "default_params": {"contamination": 0.1},
         "preprocessing_mode": "internal",
         "requires": ["torch"],
-        "version_added": "toll-plugin 0.1.0",
+        "version_added": f"toll-plugin {__version__}",
     }

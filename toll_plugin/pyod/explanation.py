@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from toll_plugin.core.checks import check_integer
-from toll_plugin.core.tables.model import Floats, TableParts
+from toll_plugin.core.tables.model import TableParts
+from toll_plugin.core.tables.scaling import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +22,9 @@ __all__ = ["Explanation", "plot_history", "plot_latent"]
 class Explanation:
     r"""What the scores of N rows are made of; means over the members.
 
-    ``score = reconstruction + latent``, and the contributions of a row add up to its
-    ``reconstruction``: feature j has the part :math:`r_j^2 / \|r\|^2` of it, with r the residual in
-    the detector's metric.
+    ``score = reconstruction + latent`` (unless the detector's ``score_term`` is one of them alone), and
+    the contributions of a row add up to its ``reconstruction``: feature j has the part
+    :math:`r_j^2 / \|r\|^2` of it, with r the residual in the detector's metric.
 
     Attributes:
         score: ``decision_function`` of the rows, shape ``(N,)``.
@@ -113,7 +114,11 @@ def plot_latent(latent: Floats, score: Floats, threshold: float, ax: Axes | None
 
 
 def _axes() -> Axes:
-    from matplotlib import pyplot as plt  # noqa: PLC0415  needed by plots only
+    try:
+        from matplotlib import pyplot as plt  # noqa: PLC0415  needed by plots only
+    except ImportError as error:
+        msg = 'plots need matplotlib: pip install "toll-plugin[plot]"'
+        raise ImportError(msg) from error
 
     axes: Axes = plt.subplots(layout="constrained")[1]
     return axes

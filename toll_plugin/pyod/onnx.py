@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from toll_plugin.core.modes import evaluating
+from toll_plugin.core.objective import terms_of_residual
 from toll_plugin.core.tables.model import TableModel
 from toll_plugin.core.tables.scaling import TableScaling
 from toll_plugin.pyod.files import replacing
@@ -25,9 +26,10 @@ class _Score(nn.Module):
 
     def __init__(self, model: TableModel, scaling: TableScaling) -> None:
         super().__init__()
-        self._scaling, self._loss = scaling, model.loss
+        self._scaling, self._loss, self._term = scaling, model.loss, model.score_term
         self.networks = nn.ModuleList(copy.deepcopy(network).double() for network in model.networks)
-        self._metric = None if model.metric is None else [torch.from_numpy(part) for part in model.metric]
+        metric = model.metric
+        self._metric = None if metric is None else (torch.from_numpy(metric.mean), torch.from_numpy(metric.matrix))
 
     def forward(self, x: Tensor) -> Tensor:
         scaled, limit = self._scaling.transform_tensor(x), self._scaling.limit
@@ -39,7 +41,8 @@ class _Score(nn.Module):
             if self._metric is not None:
                 mean, matrix = self._metric
                 residual = (residual - mean) @ matrix
-            scores.append(self._loss.score(self._loss.terms(residual, torch.zeros_like(residual), latent)))
+            terms = terms_of_residual(residual, latent, exponent=self._loss.exponent)
+            scores.append(self._loss.score(terms, self._term))
         return torch.stack(scores).mean(dim=0)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -19,22 +19,25 @@ from torch import nn
 from toll_plugin import __version__
 from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
 from toll_plugin.core.objective import TollLoss
-from toll_plugin.core.tables.model import ResidualMetric, TableModel
+from toll_plugin.core.tables.metric import ResidualMetric
+from toll_plugin.core.tables.model import TableModel
 from toll_plugin.core.tables.scaling import TableScaling
+from toll_plugin.pyod.base import CURVES, CarefulDetector
 from toll_plugin.pyod.files import replacing
-
-if TYPE_CHECKING:
-    from toll_plugin.pyod.detector import TollDetector
 
 __all__ = ["FORMAT", "load", "save"]
 
-#: Counts up when files change in a way that earlier versions could not read.
-FORMAT = 1
+#: Counts up when files change in a way that earlier versions could not read; what they wrote is read.
+FORMAT = 2
+
+#: What was learned beside the model and the arrays, as JSON knows it.
+_FITTED = ("n_features_in_", "best_epoch_", "threshold_", "_mu", "_sigma", "_thresholder")
 
 Arrays = dict[str, NDArray[Any]]
+DetectorT = TypeVar("DetectorT", bound=CarefulDetector)
 
 
-def save(detector: TollDetector, path: str | PathLike[str]) -> None:
+def save(detector: CarefulDetector, path: str | PathLike[str]) -> None:
     """See :meth:`toll_plugin.pyod.TollDetector.save`."""
     model = detector._model
     scaling = model.scaling
@@ -42,13 +45,22 @@ def save(detector: TollDetector, path: str | PathLike[str]) -> None:
     if not isinstance(scaling, TableScaling):
         msg = f"preprocessing must be a name to be saved without code, got {scaling!r}; pickle the detector instead"
         raise TypeError(msg)
-    config = detector._fitted_values() | {
+    if not isinstance(detector._thresholder, float):
+        msg = (
+            f"contamination must be a number to be saved without code, got {detector.contamination!r}; "
+            "pickle the detector instead"
+        )
+        raise TypeError(msg)
+    names = getattr(detector, "feature_names_in_", None)
+    config = {name: getattr(detector, name) for name in _FITTED} | {
+        "feature_names_in_": None if names is None else [str(name) for name in names],
         "parameters": parameters,
         "inputs": model.inputs,
         "networks": [getattr(network, "arguments", None) for network in model.networks],
         "scaling": scaling.kind,
         "beta": model.loss.beta,
         "exponent": model.loss.exponent,
+        "score_term": model.score_term,
     }
     arrays: Arrays = {
         "scores": detector.decision_scores_,
@@ -74,8 +86,8 @@ def save(detector: TollDetector, path: str | PathLike[str]) -> None:
 
 
 def load(
-    cls: type[TollDetector], path: str | PathLike[str], encoder: nn.Module | None, decoder: nn.Module | None
-) -> TollDetector:
+    cls: type[DetectorT], path: str | PathLike[str], encoder: nn.Module | None, decoder: nn.Module | None
+) -> DetectorT:
     """See :meth:`toll_plugin.pyod.TollDetector.load`."""
     header, arrays = _read(Path(path))
     config = json.loads(header["config"])
@@ -111,8 +123,21 @@ def load(
     scaling.centre, scaling.scale = arrays["scaling.centre"], arrays["scaling.scale"]
     metric = ResidualMetric(arrays["metric.mean"], arrays["metric.matrix"]) if "metric.mean" in arrays else None
     loss = TollLoss(config["beta"], exponent=config["exponent"])
-    detector._restore(TableModel(scaling, networks, loss, metric), config, arrays)
+    score_term = config.get("score_term", "total")  # format 1 knows no other
+    _restore(detector, TableModel(scaling, networks, loss, metric, score_term), config, arrays)
     return detector
+
+
+def _restore(detector: CarefulDetector, model: TableModel, config: dict[str, Any], arrays: Arrays) -> None:
+    """Set what ``fit`` would have set."""
+    for name in _FITTED:
+        setattr(detector, name, config[name])
+    names = config["feature_names_in_"]
+    if names is not None:
+        detector.feature_names_in_ = np.array(names, dtype=object)
+    detector._model, detector._classes = model, 2
+    detector.decision_scores_, detector.labels_ = arrays["scores"], arrays["labels"]
+    detector.history_ = {name: arrays[f"history.{name}"] for name in CURVES if f"history.{name}" in arrays}
 
 
 def _read(path: Path) -> tuple[dict[str, str], Arrays]:
@@ -126,10 +151,10 @@ def _read(path: Path) -> tuple[dict[str, str], Arrays]:
     if not {"format", "config", "digest"} <= set(header):
         msg = f"{str(path)!r} is a safetensors file, but no detector that was saved here"
         raise ValueError(msg)
-    if header["format"] != str(FORMAT):
+    if header["format"] not in map(str, range(1, FORMAT + 1)):
         msg = (
             f"{str(path)!r} has format {header['format']}, written by {header.get('written by')}; "
-            f"this version reads format {FORMAT}"
+            f"this version reads formats 1 to {FORMAT}"
         )
         raise ValueError(msg)
     if header["digest"] != _digest(header["config"], arrays):

@@ -26,9 +26,8 @@ from toll_plugin.core.modes import evaluating
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
 from toll_plugin.core.patches.model import PatchAutoencoder, PreparedRows, fit_patches
-from toll_plugin.core.rows import RowCache, RowSubset
+from toll_plugin.core.rows import RowCache, Rows, RowSubset
 from toll_plugin.core.training.fit import History
-from toll_plugin.core.training.learners import Rows
 
 __all__ = ["PatchToll"]
 

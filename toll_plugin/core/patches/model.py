@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
-from toll_plugin.core.rows import RowSubset
+from toll_plugin.core.rows import Rows, RowSubset
 from toll_plugin.core.threads import fork_safe
 from toll_plugin.core.training.fit import History, fit, fit_ensemble
-from toll_plugin.core.training.learners import Rows, cosine_adam
+from toll_plugin.core.training.optimizers import cosine_adam
 
 __all__ = ["PatchAutoencoder", "PreparedRows", "enlarge", "fit_patches"]
 

@@ -1,25 +1,30 @@
-"""Fit a model of a table: hold out, scale, train, measure the residual."""
+"""Fit a model of a table: train the networks on scaled rows, then measure the residuals."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from toll_plugin.core.checks import check_finite_float, check_integer, check_option
+from toll_plugin.core.checks import check_finite_float, check_option
 from toll_plugin.core.networks import DenseAutoencoder
-from toll_plugin.core.objective import TollLoss
-from toll_plugin.core.tables.model import Preprocessing, ResidualMetric, TableModel, TableRows
+from toll_plugin.core.objective import ScoreTerm, TollLoss
+from toll_plugin.core.rows import Rows
+from toll_plugin.core.tables.metric import ResidualMetric
+from toll_plugin.core.tables.model import TableModel
+from toll_plugin.core.tables.rows import Preprocessing, TableRows
 from toll_plugin.core.threads import fork_safe, one_thread
-from toll_plugin.core.training.fit import History, fit, fit_ensemble
-from toll_plugin.core.training.learners import MakeOptimizer, Rows
+from toll_plugin.core.training.fit import train, train_ensemble
+from toll_plugin.core.training.loop import History, OnEpoch
+from toll_plugin.core.training.options import TrainingOptions
 
-__all__ = ["Metric", "fit_table"]
+__all__ = ["FittedTable", "Metric", "TableSplit", "fit_table", "hold_out", "rehearse"]
 
 Metric = Literal["mahalanobis", "euclidean"]
 
@@ -31,103 +36,199 @@ _PIECE = 256
 _MEASURED = 10_000
 
 
-def fit_table(  # noqa: D417  the rest stands at `fit`
+class TableSplit(NamedTuple):
+    """Which rows of a table do what, as sorted indices.
+
+    Attributes:
+        training: Rows that the networks learn.
+        validation: Rows that are held out to choose the epoch; may be none.
+        measured: At most 10 000 rows that are not held out, on which columns and residuals are measured.
+    """
+
+    training: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    measured: NDArray[np.int64]
+
+
+def hold_out(count: int, fraction: float, generator: torch.Generator) -> TableSplit:
+    """Split ``count`` rows at random, at least two of them staying to train on.
+
+    Args:
+        count: Rows, at least 2.
+        fraction: Share held out, in [0, 1); if it is not 0, at least one row is, where three are there.
+        generator: Source of the draw.
+
+    Raises:
+        TypeError: If ``fraction`` is no number.
+        ValueError: If it is not in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> split = hold_out(10, 0.2, torch.Generator().manual_seed(0))
+        >>> len(split.training), len(split.validation)
+        (8, 2)
+    """
+    if check_finite_float("validation_fraction", fraction, minimum=0) >= 1:
+        msg = f"validation_fraction must be in [0, 1), got {fraction!r}"
+        raise ValueError(msg)
+    order = torch.randperm(count, generator=generator).numpy()
+    held = max(0, min(math.ceil(fraction * count), count - 2))
+    return TableSplit(np.sort(order[held:]), np.sort(order[:held]), np.sort(order[held : held + _MEASURED]))
+
+
+def rehearse(new: int, old: int, seen: int, generator: torch.Generator) -> TableSplit:
+    """Which rows train and are measured when a table grows by a piece, so that the earlier rows are not forgotten.
+
+    The rows are those of the piece, then a sample of all rows before it. All rows of the piece are trained on, with
+    as many of the sample, drawn anew each time. What is measured is a sample of all rows, piece and earlier,
+    in which each has the same chance to be: the sample to keep for the next piece.
+
+    Args:
+        new: Rows of the piece.
+        old: Rows of the sample.
+        seen: Rows that the sample stands for.
+        generator: Source of the draws.
+
+    Source:
+        Reservoir sampling (Vitter 1985), and experience replay from it (arXiv 1902.10486).
+
+    Example:
+        >>> import torch
+        >>> split = rehearse(3, 9, 9, torch.Generator().manual_seed(0))
+        >>> len(split.training), len(split.measured)
+        (6, 12)
+    """
+    drawn = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    again = new + drawn.permutation(old)[:new]
+    fresh, kept = new, old
+    if new + old > _MEASURED:
+        fresh = int(drawn.hypergeometric(new, seen, _MEASURED))
+        kept = _MEASURED - fresh
+    measured = np.concatenate([drawn.permutation(new)[:fresh], new + drawn.permutation(old)[:kept]])
+    return TableSplit(np.sort(np.concatenate([np.arange(new), again])), np.arange(0), np.sort(measured))
+
+
+class FittedTable(NamedTuple):
+    """What :func:`fit_table` returns.
+
+    Attributes:
+        model: The fitted model.
+        histories: One for each network.
+        optimizers: States of the optimisers, with which a later fit can go on.
+    """
+
+    model: TableModel
+    histories: list[History]
+    optimizers: list[dict[str, Any] | None]
+
+
+def fit_table(
     x: NDArray[Any],
+    split: TableSplit,
+    scaling: Preprocessing,
+    networks: Sequence[nn.Module],
     loss: TollLoss,
-    scaling: Callable[[NDArray[Any], NDArray[np.int64]], Preprocessing],
-    networks: Callable[[int, torch.Generator], Sequence[nn.Module]],
+    options: TrainingOptions,
     *,
     metric: Metric = "mahalanobis",
-    validation_fraction: float = 0.0,
-    optimizer: MakeOptimizer | str = "adam",
-    lr: float = 1e-3,
-    batch_size: int = 128,
-    max_epochs: int | None = None,
-    max_steps: int | None = 4000,
-    patience: int | None = None,
-    noise: float = 0.1,
+    score_term: ScoreTerm = "total",
     device: torch.device | None = None,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     progress: bool = False,
-    on_epoch: Callable[[int, list[History]], None] | None = None,
-) -> tuple[TableModel, list[History]]:
-    """Train on the rows of a table, all taken for normal.
+    on_epoch: OnEpoch | None = None,
+    optimizers: Sequence[dict[str, Any] | None] = (),
+) -> FittedTable:
+    """Train networks in place on the rows of a table, all taken for normal.
 
     Neither ``x`` nor what is made of it stays in memory beyond single batches once it is large.
 
     Args:
-        x: Finite rows, shape ``(N, n_features)``, N at least 2; a memory map is read in pieces.
+        x: Finite rows, shape ``(N, n_features)``; a memory map is read in pieces.
+        split: Which of them train, see :func:`hold_out`.
+        scaling: Fitted; brings raw rows ``(N, n_features)`` to the networks' inputs ``(N, n_inputs)``.
+        networks: Modules that return ``(reconstruction, latent)`` of such inputs, one or more. Several
+            dense autoencoders are trained together, other modules one by one.
         loss: The objective.
-        scaling: Called with ``x`` and the indices of (at most 10 000) training rows; what it
-            returns has ``transform``.
-        networks: Called with the number of scaled columns and a generator for the initial
-            weights; several dense autoencoders are trained together, other modules one by one.
+        options: Of the training, see :func:`toll_plugin.core.fit`. ``input_limit`` is the scaling's own.
         metric: ``"mahalanobis"`` measures residuals by their covariance on training rows,
             ``"euclidean"`` takes their plain norm, as the paper does.
-        validation_fraction: Share of rows held out to choose the epoch, in [0, 1); 0 for none.
+        score_term: What the model's scores are: ``"total"``, ``"reconstruction"`` or ``"latent"``.
         device: Where to train; scores are always computed on the CPU.
-        seed: Of everything that is drawn.
-
-    The other arguments are those of :func:`toll_plugin.core.fit`, with defaults for tables.
+        generator: Source of order and noise; by default a new one seeded with 0.
+        progress: Show a bar.
+        on_epoch: Called after each epoch, see :func:`toll_plugin.core.fit`.
+        optimizers: What an earlier fit of these networks returned as such, to go on with.
 
     Returns:
-        The model and one history per network.
+        The model, one history per network, and the optimisers' states.
 
     Raises:
         DivergenceError: If the loss stops being finite.
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> from toll_plugin.core import DenseAutoencoder, TableScaling, TollLoss, TrainingOptions
+        >>> x = np.random.default_rng(0).normal(size=(50, 6))
+        >>> split = hold_out(len(x), 0.0, torch.Generator().manual_seed(0))
+        >>> scaling, network = TableScaling().fit(x), DenseAutoencoder(6, (8,), 2)
+        >>> fitted = fit_table(x, split, scaling, [network], TollLoss(0.1), TrainingOptions(max_epochs=2))
+        >>> fitted.model.score(x).shape
+        (50,)
     """
     check_option("metric", metric, get_args(Metric))
-    if check_finite_float("validation_fraction", validation_fraction, minimum=0) >= 1:
-        msg = f"validation_fraction must be in [0, 1), got {validation_fraction!r}"
-        raise ValueError(msg)
-    if patience is not None and check_integer("patience", patience, minimum=1) and validation_fraction == 0:
-        msg = f"patience needs rows held out: validation_fraction must be more than 0, got {validation_fraction!r}"
-        raise ValueError(msg)
     device = device or torch.device("cpu")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(x), generator=generator).numpy()
-    # At least two rows train, and one is held out if any share was asked for.
-    held = max(0, min(math.ceil(validation_fraction * len(x)), len(x) - 2))
-    validation, training = order[:held], np.sort(order[held:])
-    measured = np.sort(order[held : held + _MEASURED])
-
-    with torch.inference_mode(mode=False):
-        fitted = scaling(x, measured)
-        rows = TableRows(x, training, fitted, device)
-        inputs = rows[:1].shape[1]
-        members = [network.to(device) for network in networks(inputs, generator)]
-        dense = [network for network in members if isinstance(network, DenseAutoencoder)]
-        data = _kept(rows, inputs)
-        arguments: dict[str, Any] = {
-            "validation": _kept(TableRows(x, np.sort(validation), fitted, device), inputs) if held else None,
-            "optimizer": optimizer,
-            "lr": lr,
-            "batch_size": batch_size,
-            "max_epochs": max_epochs,
-            "max_steps": max_steps,
-            "patience": patience,
-            "noise": noise,
-            "input_limit": getattr(fitted, "limit", None),
-            "generator": generator,
-            "progress": progress,
-            "on_epoch": on_epoch,
-        }
-        if len(dense) == len(members) and device.type == "cpu":
-            with one_thread():
-                histories = fit_ensemble(dense, data, loss, **arguments)
-        else:
-            with fork_safe():
-                histories = [fit(network, data, loss, **arguments) for network in members]
-    model = TableModel(fitted, [network.cpu() for network in members], loss)
+    generator = generator or torch.Generator().manual_seed(0)
+    options = dataclasses.replace(options, input_limit=getattr(scaling, "limit", None))
+    data = _kept(TableRows(x, split.training, scaling, device))
+    held_out = _kept(TableRows(x, split.validation, scaling, device)) if len(split.validation) else None
+    members = [network.to(device) for network in networks]
+    dense = [network for network in members if isinstance(network, DenseAutoencoder)]
+    together = len(dense) == len(members) and device.type == "cpu"
+    states = list(optimizers) or [None] * (1 if together else len(members))
+    if together:
+        with one_thread():
+            trained = [
+                train_ensemble(
+                    dense,
+                    data,
+                    loss,
+                    options,
+                    validation=held_out,
+                    generator=generator,
+                    progress=progress,
+                    on_epoch=on_epoch,
+                    optimizer=states[0],
+                )
+            ]
+    else:
+        with fork_safe():
+            trained = [
+                train(
+                    network,
+                    data,
+                    loss,
+                    options,
+                    validation=held_out,
+                    generator=generator,
+                    progress=progress,
+                    on_epoch=on_epoch,
+                    optimizer=state,
+                )
+                for network, state in zip(members, states, strict=True)
+            ]
+    model = TableModel(scaling, [network.cpu() for network in members], loss, score_term=score_term)
     if metric == "mahalanobis":
         with one_thread():
-            model.metric = ResidualMetric.of(model.residuals(x, measured))
-    return model, histories
+            model.metric = ResidualMetric.of(model.residuals(x, split.measured))
+    histories = [history for one in trained for history in one.histories]
+    return FittedTable(model, histories, [one.optimizer for one in trained])
 
 
-def _kept(rows: TableRows, inputs: int) -> Rows | Tensor:
-    if 4 * inputs * len(rows) > _KEPT:
+def _kept(rows: TableRows) -> Rows | Tensor:
+    """The rows in memory if they are few, else to be scaled when they are fetched."""
+    if 4 * rows[:1].shape[1] * len(rows) > _KEPT:
         return rows
     # In pieces that the processor's cache holds.
     return torch.cat([rows[slice(start, start + _PIECE)] for start in range(0, len(rows), _PIECE)])

@@ -2,127 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
+from toll_plugin.core.checks import check_option
 from toll_plugin.core.networks import DenseAutoencoder
-from toll_plugin.core.objective import TollLoss, TollTerms
+from toll_plugin.core.objective import ScoreTerm, TollLoss, terms_of_residual
+from toll_plugin.core.tables.metric import ResidualMetric
+from toll_plugin.core.tables.rows import Preprocessing, scale_rows
 from toll_plugin.core.tables.scaling import Floats, TableScaling
 from toll_plugin.core.tables.scoring import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
 from toll_plugin.core.threads import one_thread
 
-__all__ = ["Floats", "Preprocessing", "ResidualMetric", "TableModel", "TableParts", "TableRows"]
+__all__ = ["TableModel", "TableParts"]
 
-#: Added to the eigenvalues of the residuals' correlation matrix.
-_RIDGE = 0.1
-#: Norms of residuals count up to this many times their median in the metric.
-_DRAWN_IN = 5.0
 #: Values per pass of scoring: few enough that the processor's cache holds what lies between the layers, and
 #: that torch starts no threads, for which a forked process would wait forever.
 _CHUNK = 1 << 15
-
-
-class Preprocessing(Protocol):
-    """What brings raw rows to the scale that the networks see."""
-
-    def transform(self, X: Any) -> Any:  # noqa: N803  scikit-learn's name
-        """Rows ``(N, n_features)`` to rows ``(N, n_inputs)``, as a new array."""
-
-
-class TableRows:
-    """Rows of an array that are scaled when they are fetched, so that no scaled copy is kept.
-
-    Args:
-        x: Array of shape ``(N, n_features)``; a memory map is read batch by batch.
-        index: Which rows, shape ``(n,)``.
-        scaling: Applied in double precision; what comes out is single.
-        device: Where the rows are put.
-    """
-
-    def __init__(self, x: NDArray[Any], index: NDArray[np.int64], scaling: Preprocessing, device: torch.device) -> None:
-        self._x, self._index, self._scaling, self._device = x, index, scaling, device
-
-    def __len__(self) -> int:
-        """How many rows."""
-        return len(self._index)
-
-    def __getitem__(self, index: slice | Tensor) -> Tensor:
-        """The scaled rows at ``index``."""
-        rows = self._index[index if isinstance(index, slice) else index.numpy()]
-        scaled = _scaled(self._scaling, self._x[rows])
-        with np.errstate(over="ignore"):
-            single = scaled.astype(np.float32)
-        if not np.isfinite(single).all():
-            msg = f"preprocessing must give values that single precision holds, got up to {np.abs(scaled).max():.3g}"
-            raise ValueError(msg)
-        return torch.from_numpy(single).to(self._device)
-
-
-def _scaled(scaling: Preprocessing, raw: NDArray[Any]) -> Floats:
-    """Scaled rows, C-contiguous and in double precision; ``raw`` is left alone.
-
-    Raises:
-        ValueError: If a transformer gives something else.
-    """
-    if isinstance(scaling, TableScaling):
-        return scaling.transform(raw)
-    found = scaling.transform(np.array(raw, dtype=np.float64))  # it may write to what it is given
-    try:
-        scaled = np.ascontiguousarray(found, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        msg = f"preprocessing must give a dense table of numbers, got {type(found).__name__} from {scaling!r}"
-        raise ValueError(msg) from error
-    if scaled.shape[:1] != raw.shape[:1] or scaled.ndim != 2 or not np.isfinite(scaled).all():
-        msg = f"preprocessing must give one row of finite values for each row, which {scaling!r} did not"
-        raise ValueError(msg)
-    return scaled
-
-
-class ResidualMetric(NamedTuple):
-    r"""The norm that residuals are measured in, :math:`\|(r - m) M\|` of a row r.
-
-    With :meth:`of`, ``M`` divides by the residuals' deviations on normal rows and multiplies with
-    the inverse root of their correlations (a ridge of 0.1 added), so the norm is a Mahalanobis
-    distance: a direction that normal rows are always reconstructed well in counts more than one
-    that they are not.
-
-    Attributes:
-        mean: ``m``, shape ``(n_inputs,)``.
-        matrix: ``M``, shape ``(n_inputs, n_inputs)``.
-    """
-
-    mean: Floats
-    matrix: Floats
-
-    @classmethod
-    def of(cls, residuals: Iterable[Floats]) -> ResidualMetric:
-        """The metric of residuals that come in pieces ``(N, n_inputs)``, at least one row in all.
-
-        A row whose norm is more than 5 times the median of its piece is drawn in to that, so that
-        anomalies among the rows do not hide others like them.
-        """
-        count, total, products = 0, 0.0, 0.0
-        for piece in residuals:
-            norm = np.sqrt(np.square(piece).sum(axis=1))
-            most = _DRAWN_IN * np.median(norm)
-            drawn = piece * np.divide(most, norm, out=np.ones_like(norm), where=norm > most)[:, None]
-            count += len(piece)
-            total = total + drawn.sum(axis=0)
-            products = products + drawn.T @ drawn
-        mean = np.asarray(total) / count
-        covariance = products / count - np.outer(mean, mean)
-        deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
-        # A column that is always reconstructed exactly would weigh without bound.
-        deviation = np.maximum(deviation, 1e-3 * max(float(deviation.max()), 1e-12))
-        values, vectors = np.linalg.eigh(covariance / np.outer(deviation, deviation))
-        root = (vectors / np.sqrt(np.maximum(values, 0) + _RIDGE)) @ vectors.T
-        return cls(mean, root / deviation[:, None])
 
 
 class TableParts(NamedTuple):
@@ -151,6 +52,10 @@ class TableModel:
         networks: One or more trained networks, averaged.
         loss: Holds beta and the exponent.
         metric: Of the residual; the plain Euclidean norm by default.
+        score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"``: what :meth:`score` returns.
+
+    Raises:
+        ValueError: If ``score_term`` is unknown.
 
     Example:
         >>> import numpy as np
@@ -167,8 +72,11 @@ class TableModel:
         networks: Sequence[nn.Module],
         loss: TollLoss,
         metric: ResidualMetric | None = None,
+        score_term: ScoreTerm = "total",
     ) -> None:
+        check_option("score_term", score_term, get_args(ScoreTerm))
         self.scaling, self.networks, self.loss, self.metric = scaling, list(networks), loss, metric
+        self.score_term = score_term
         self.inputs = int(self.networks[0].input_shape[0])  # type: ignore[index]
         self._limit: float | None = getattr(scaling, "limit", None)
         self._members = [
@@ -184,8 +92,10 @@ class TableModel:
                 part, inputs = scores[rows], self._clipped(scaled)
                 for member in self._members:
                     reconstruction, latent = member(inputs)
-                    terms = self._terms(*self._measured(scaled, reconstruction), latent)
-                    part += np.asarray(self.loss.score(terms))[: len(part)]
+                    terms = terms_of_residual(
+                        self._measured(scaled, reconstruction), latent, exponent=self.loss.exponent
+                    )
+                    part += self.loss.score(terms, self.score_term)[: len(part)]
         scores /= len(self._members)
         if not np.isfinite(scores).all():
             # Rows of raw features that are so far away that double precision ends.
@@ -200,9 +110,8 @@ class TableModel:
                 n, members, inputs = rows.stop - rows.start, [], self._clipped(scaled)
                 for member in self._members:
                     reconstruction, latent = member(inputs)
-                    x_measured, reconstruction = self._measured(scaled, reconstruction)
-                    error, norm = (np.asarray(t) for t in self._terms(x_measured, reconstruction, latent))
-                    residual = x_measured - reconstruction
+                    residual = self._measured(scaled, reconstruction)
+                    error, norm = terms_of_residual(residual, latent, exponent=self.loss.exponent)
                     # Divided by the largest first, whose square may leave double precision.
                     squares = np.square(residual / np.maximum(np.abs(residual).max(axis=1, keepdims=True), _SMALLEST))
                     shares = squares / np.maximum(squares.sum(axis=1, keepdims=True), _SMALLEST)
@@ -242,7 +151,7 @@ class TableModel:
             if not isinstance(self.scaling, TableScaling):
                 # Always as many rows: what a transformer computes may depend on their number, as products do.
                 raw = np.concatenate([raw, np.repeat(raw[-1:], size - len(raw), axis=0)])
-            yield rows, in_blocks(_scaled(self.scaling, raw)[: rows.stop - start])
+            yield rows, in_blocks(scale_rows(self.scaling, raw)[: rows.stop - start])
 
     def _clipped(self, scaled: Floats) -> Floats:
         """What the networks see."""
@@ -250,18 +159,15 @@ class TableModel:
             return scaled
         return scaled.clip(-self._limit, self._limit)
 
-    def _measured(self, scaled: Floats, reconstruction: Floats) -> tuple[Floats, Floats]:
-        """Both in the metric of the residual: there, what is measured has the reconstruction zero."""
-        if self.metric is None:
-            return scaled, reconstruction
+    def _measured(self, scaled: Floats, reconstruction: Floats) -> Floats:
+        """The residual, in its metric."""
         residual = scaled - reconstruction
+        if self.metric is None:
+            return residual
         residual -= self.metric.mean
         measured = np.matmul(residual.reshape(-1, BLOCK, residual.shape[1]), self.metric.matrix)
-        return measured.reshape(residual.shape), np.broadcast_to(0.0, residual.shape)
-
-    def _terms(self, x: Floats, reconstruction: Floats, latent: Floats) -> TollTerms:
-        arrays: Any = (x, reconstruction, latent)
-        return self.loss.terms(*arrays)
+        reshaped: Floats = measured.reshape(residual.shape)
+        return reshaped
 
 
 #: Weights of a layer from which BLAS may split a block among threads.

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from toll_plugin.core.networks import DenseAutoencoder
+from toll_plugin.core.networks import DenseAutoencoder, blocks
 from toll_plugin.core.tables.scaling import Floats
-from toll_plugin.core.training.ensemble import blocks
 
 __all__ = ["BLOCK", "FoldedAutoencoder", "ModuleAutoencoder", "in_blocks"]
 

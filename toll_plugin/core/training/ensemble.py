@@ -10,83 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
-from toll_plugin.core.networks import DenseAutoencoder
+from toll_plugin.core.modes import evaluating
+from toll_plugin.core.networks import DenseAutoencoder, blocks
+from toll_plugin.core.objective import TollLoss, TollTerms
+from toll_plugin.core.training.batch_norm import Array, Norm, NormTrace, Weights
+from toll_plugin.core.training.learners import Learner
+from toll_plugin.core.training.optimizers import MakeOptimizer
 
-__all__ = ["Array", "DenseEnsemble", "blocks"]
-
-Array = NDArray[Any]
-
-
-class _Weights(NamedTuple):
-    """One kind of weight of all members, ``(M, *)``, and its gradient; views into the buffers."""
-
-    value: Array
-    gradient: Array
-
-
-class _NormTrace(NamedTuple):
-    """What a BatchNorm's forward pass leaves: normalised values, inverse deviation, whose statistics."""
-
-    normal: Array
-    inverse: Array
-    training: bool
-
-
-class _Norm(NamedTuple):
-    """A BatchNorm layer of all members; everything of it is ``(M, features)``."""
-
-    scale: _Weights
-    shift: _Weights
-    mean: Array
-    variance: Array
-    momentum: float
-    eps: float
-
-    def forward(self, x: Array, *, training: bool) -> tuple[Array, _NormTrace]:
-        """Normalise ``x``, which is overwritten."""
-        count = x.shape[2]
-        if training:
-            mean = np.add.reduce(x, axis=2) / count
-            x -= mean[:, :, None]
-            variance = np.einsum("mhn,mhn->mh", x, x) / count
-            self.mean[...] += self.momentum * (mean - self.mean)
-            # The running variance is the unbiased one.
-            self.variance[...] += self.momentum * (variance * (count / (count - 1)) - self.variance)
-        else:
-            x -= self.mean[:, :, None]
-            variance = self.variance
-        inverse = 1 / np.sqrt(variance + self.eps)
-        x *= inverse[:, :, None]
-        y = x * self.scale.value[:, :, None]
-        y += self.shift.value[:, :, None]
-        return y, _NormTrace(x, inverse, training)
-
-    def backward(self, d: Array, trace: _NormTrace) -> Array:
-        """Gradient of the input from that of the output, which is overwritten; keep scale's and shift's."""
-        np.add.reduce(d, axis=2, out=self.shift.gradient)
-        np.einsum("mhn,mhn->mh", d, trace.normal, out=self.scale.gradient)
-        if trace.training:
-            # The batch's mean and deviation depend on every sample, so part of the gradient cancels.
-            count = d.shape[2]
-            d -= trace.normal * (self.scale.gradient / count)[:, :, None]
-            d -= (self.shift.gradient / count)[:, :, None]
-        d *= (self.scale.value * trace.inverse)[:, :, None]
-        return d
+__all__ = ["DenseEnsemble", "DenseLearner"]
 
 
 class _Layer(NamedTuple):
     """A linear layer of all members and what follows it; ``hidden`` means a ReLU does."""
 
-    weight: _Weights
-    bias: _Weights
-    norm: _Norm | None
+    weight: Weights
+    bias: Weights
+    norm: Norm | None
     hidden: bool
     dropout: float
 
@@ -95,7 +41,7 @@ class _Trace(NamedTuple):
     """What one layer's forward pass leaves for its backward pass."""
 
     inputs: Array
-    norm: _NormTrace | None
+    norm: NormTrace | None
     output: Array
     mask: Array | None
 
@@ -162,18 +108,18 @@ class DenseEnsemble(nn.Module):
                 self.register_buffer(f"mean{len(list(self.buffers()))}", mean)
                 self.register_buffer(f"variance{len(list(self.buffers()))}", variance)
                 scale, shift = (self._take([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
-                norm = _Norm(scale, shift, mean.numpy(), variance.numpy(), first.momentum or 0.1, first.eps)
+                norm = Norm(scale, shift, mean.numpy(), variance.numpy(), first.momentum or 0.1, first.eps)
             elif isinstance(first, nn.Dropout):
                 dropout = first.p
         return _Layer(weight, bias, norm, bool(rest), dropout)
 
-    def _take(self, members: Sequence[Tensor]) -> _Weights:
+    def _take(self, members: Sequence[Tensor]) -> Weights:
         values = torch.stack([value.detach().cpu() for value in members]).numpy()
         part = slice(self._used, self._used + values.size)
         self._used = part.stop
         view = self._values[part].reshape(values.shape)
         view[...] = values
-        return _Weights(view, self._gradients[part].reshape(values.shape))
+        return Weights(view, self._gradients[part].reshape(values.shape))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return reconstructions and latents, without gradients."""
@@ -272,11 +218,53 @@ def _copy(module: nn.Module, **values: Array) -> None:
         getattr(module, name).copy_(torch.from_numpy(value))
 
 
-def blocks(stack: nn.Module) -> list[list[nn.Module]]:
-    """The modules of a dense stack, cut before every linear layer."""
-    cut: list[list[nn.Module]] = []
-    for module in stack.children():
-        if isinstance(module, nn.Linear):
-            cut.append([])
-        cut[-1].append(module)
-    return cut
+class DenseLearner(Learner):
+    """Several dense autoencoders on the CPU at once, by the step that :class:`DenseEnsemble` writes out."""
+
+    def __init__(
+        self,
+        networks: Sequence[DenseAutoencoder],
+        loss: TollLoss,
+        make: MakeOptimizer,
+        generator: torch.Generator,
+    ) -> None:
+        self.module = self.ensemble = DenseEnsemble(networks, generator=generator)
+        self.members = self.ensemble.members
+        self._loss = loss
+        self.optimizer = make([self.ensemble.flat])
+
+    def _terms(self, x: Array, reconstruction: Array, latent: Array) -> TollTerms[Array]:
+        """The terms of all members' samples, one member after the other."""
+        # Views if there is one member, else copies with the samples first.
+        rows = [array.swapaxes(1, 2).reshape(-1, array.shape[1]) for array in (reconstruction, latent)]
+        return self._loss.terms(np.tile(x, (self.members, 1)) if self.members > 1 else x, *rows)
+
+    @override
+    @torch.no_grad()
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        reconstruction, latent = self.ensemble.run(inputs.numpy())
+        x: Array = targets.numpy()
+        terms = self._terms(x, reconstruction, latent)
+        # Divided by the samples of one member: each has its own weights, so their gradients do not mix.
+        a, b = (slope.reshape(self.members, 1, -1) / len(x) for slope in self._loss.slopes(terms))
+        reconstruction -= x.T
+        reconstruction *= a
+        self.ensemble.backward(reconstruction, latent * b)
+        means = [np.add.reduce(term.reshape(self.members, -1), axis=1) / len(x) for term in terms]
+        return torch.from_numpy(np.stack(means))
+
+    @override
+    def update(self) -> None:
+        self.ensemble.flat.grad = self.ensemble.gradient  # an optimiser may have let it go
+        self.optimizer.step()
+
+    @override
+    @torch.no_grad()
+    def terms(self, inputs: Tensor, targets: Tensor) -> TollTerms[Tensor]:
+        with evaluating(self.ensemble):
+            terms = self._terms(targets.numpy(), *self.ensemble.run(inputs.numpy()))
+        return TollTerms(*(torch.from_numpy(term).view(self.members, -1) for term in terms))
+
+    @override
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.ensemble.member_tensors()

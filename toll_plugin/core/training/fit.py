@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +13,29 @@ from toll_plugin.core.checks import check_integer
 from toll_plugin.core.modes import evaluating, training
 from toll_plugin.core.networks import DenseAutoencoder, check_input
 from toll_plugin.core.objective import TollLoss, TollTerms
-from toll_plugin.core.training.learners import AutogradLearner, DenseLearner, MakeOptimizer, Rows, optimizer_of
-from toll_plugin.core.training.loop import History, Loop
+from toll_plugin.core.rows import Rows
+from toll_plugin.core.training.ensemble import DenseLearner
+from toll_plugin.core.training.learners import AutogradLearner
+from toll_plugin.core.training.loop import History, Loop, OnEpoch
+from toll_plugin.core.training.optimizers import MakeOptimizer
+from toll_plugin.core.training.options import Patience, TrainingOptions
 
-__all__ = ["History", "fit", "fit_ensemble", "terms_of"]
+__all__ = ["History", "Trained", "fit", "fit_ensemble", "terms_of", "train", "train_ensemble"]
 
 
-def terms_of(network: nn.Module, x: Tensor, loss: TollLoss, *, batch_size: int = 1024) -> TollTerms:
+class Trained(NamedTuple):
+    """What a fit leaves beside the trained networks.
+
+    Attributes:
+        histories: One for each network.
+        optimizer: The optimiser's state, with which a later fit can go on.
+    """
+
+    histories: list[History]
+    optimizer: dict[str, Any] | None
+
+
+def terms_of(network: nn.Module, x: Tensor, loss: TollLoss, *, batch_size: int = 1024) -> TollTerms[Tensor]:
     """Per-sample terms of ``x`` in evaluation mode, without gradients.
 
     Args:
@@ -54,17 +71,18 @@ def fit(
     batch_size: int = 32,
     max_epochs: int | None = 200,
     max_steps: int | None = None,
-    patience: int | None = 20,
+    patience: Patience = "auto",
     noise: float = 0.0,
     input_limit: float | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
-    on_epoch: Callable[[int, list[History]], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> History:
     r"""Train ``network`` in place on normal samples.
 
     With ``validation``, the weights of the epoch with the lowest held-out loss are put back at
-    the end (no labels are used), and training stops ``patience`` epochs after it.
+    the end (no labels are used), and training stops ``patience`` epochs after it. A loss that is not
+    finite stops the fit within 64 steps, at most at the end of the epoch.
 
     Args:
         network: Module that returns ``(reconstruction, latent)``.
@@ -78,7 +96,8 @@ def fit(
             or larger by one, because a single sample is no batch.
         max_epochs: Passes over ``x``, at least 1; ``None`` if ``max_steps`` alone ends the fit.
         max_steps: Steps, at least 1; the last epoch may end early. Default: no limit.
-        patience: Epochs without improvement before training stops; ``None`` never stops.
+        patience: Epochs without a lower held-out loss before training stops; ``None`` never stops.
+            Default ``"auto"``: 20 with ``validation``, never without.
         noise: Standard deviation, in units of ``x``, of Gaussian noise on the inputs of a
             training step, whose targets stay clean (denoising). Default 0.
         input_limit: What the network sees is clipped to plus and minus this, before the noise; the
@@ -94,7 +113,9 @@ def fit(
     Raises:
         DivergenceError: If the loss stops being finite; the network then holds the weights
             of the last epoch before it.
-        ValueError: If an argument is out of range or samples do not fit the network.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, samples do not fit the network, or ``patience`` is
+            given without ``validation``.
 
     Example:
         >>> import torch
@@ -104,13 +125,20 @@ def fit(
         >>> len(history.total)
         2
     """
-    generator = generator or torch.Generator().manual_seed(0)
-    learner = AutogradLearner(network, loss, optimizer_of(optimizer, lr))
-    with torch.enable_grad(), training(network):
-        loop = Loop(
-            learner, loss, x, validation, batch_size, max_epochs, max_steps, patience, noise, input_limit, generator
-        )
-        return loop.run(progress, on_epoch)[0]
+    options = TrainingOptions(
+        optimizer=optimizer,
+        lr=lr,
+        batch_size=batch_size,
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+        patience=patience,
+        noise=noise,
+        input_limit=input_limit,
+    )
+    trained = train(
+        network, x, loss, options, validation=validation, generator=generator, progress=progress, on_epoch=on_epoch
+    )
+    return trained.histories[0]
 
 
 def fit_ensemble(
@@ -124,12 +152,12 @@ def fit_ensemble(
     batch_size: int = 32,
     max_epochs: int | None = 200,
     max_steps: int | None = None,
-    patience: int | None = 20,
+    patience: Patience = "auto",
     noise: float = 0.0,
     input_limit: float | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
-    on_epoch: Callable[[int, list[History]], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> list[History]:
     """Train several dense autoencoders of one shape in place, much faster than one after another.
 
@@ -154,13 +182,63 @@ def fit_ensemble(
         >>> [len(history.total) for history in histories]
         [2, 2, 2]
     """
-    generator = generator or torch.Generator().manual_seed(0)
-    learner = DenseLearner(networks, loss, optimizer_of(optimizer, lr), generator)
-    loop = Loop(
-        learner, loss, x, validation, batch_size, max_epochs, max_steps, patience, noise, input_limit, generator
+    options = TrainingOptions(
+        optimizer=optimizer,
+        lr=lr,
+        batch_size=batch_size,
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+        patience=patience,
+        noise=noise,
+        input_limit=input_limit,
     )
+    trained = train_ensemble(
+        networks, x, loss, options, validation=validation, generator=generator, progress=progress, on_epoch=on_epoch
+    )
+    return trained.histories
+
+
+def train(
+    network: nn.Module,
+    x: Tensor | Rows,
+    loss: TollLoss,
+    options: TrainingOptions,
+    *,
+    validation: Tensor | Rows | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    on_epoch: OnEpoch | None = None,
+    optimizer: dict[str, Any] | None = None,
+) -> Trained:
+    """:func:`fit` by options that are one object; ``optimizer`` is the state to go on with."""
+    generator = generator or torch.Generator().manual_seed(0)
+    learner = AutogradLearner(network, loss, options.make_optimizer())
+    learner.resume(optimizer)
+    with torch.enable_grad(), training(network):
+        histories = Loop(learner, loss, x, validation, options, generator).run(progress, on_epoch)
+    return Trained(histories, learner.optimizer_state())
+
+
+def train_ensemble(
+    networks: Sequence[DenseAutoencoder],
+    x: Tensor | Rows,
+    loss: TollLoss,
+    options: TrainingOptions,
+    *,
+    validation: Tensor | Rows | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    on_epoch: OnEpoch | None = None,
+    optimizer: dict[str, Any] | None = None,
+) -> Trained:
+    """:func:`fit_ensemble` by options that are one object; ``optimizer`` is the state to go on with."""
+    generator = generator or torch.Generator().manual_seed(0)
+    learner = DenseLearner(networks, loss, options.make_optimizer(), generator)
+    learner.resume(optimizer)
+    loop = Loop(learner, loss, x, validation, options, generator)
     try:
         with torch.enable_grad(), np.errstate(all="ignore"):  # what diverges is reported by the loop
-            return loop.run(progress, on_epoch)
+            histories = loop.run(progress, on_epoch)
     finally:
         learner.ensemble.write_back()
+    return Trained(histories, learner.optimizer_state())

@@ -6,18 +6,18 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.core.networks import check_input
 from toll_plugin.core.objective import TollLoss, TollTerms
+from toll_plugin.core.rows import Rows
 from toll_plugin.core.training.divergence import DivergenceGuard
-from toll_plugin.core.training.learners import Learner, Rows
+from toll_plugin.core.training.learners import Learner
+from toll_plugin.core.training.options import TrainingOptions
 
-__all__ = ["History", "Loop"]
+__all__ = ["History", "Loop", "OnEpoch"]
 
 
 @dataclass
@@ -39,8 +39,30 @@ class History:
     best_epoch: int = -1
 
 
+#: Called after each epoch with its number, from 0, and the histories so far.
+OnEpoch = Callable[[int, list[History]], None]
+
+#: Held-out samples per pass.
+_EVALUATION_BATCH = 1024
+#: Steps whose losses are looked at together: looking means waiting for the device.
+_LOOKED_AT = 64
+
+
 class Loop:
-    """Epochs over shuffled batches, for any :class:`Learner`."""
+    """Epochs over shuffled batches, for any :class:`Learner`.
+
+    Args:
+        learner: What is trained.
+        loss: The objective.
+        x: The samples.
+        validation: Held-out samples, whose lowest loss chooses the epoch; ``None`` for none.
+        options: Of the training.
+        generator: Source of the order of the samples and of noise.
+
+    Raises:
+        ValueError: If there are no samples, they do not fit the network or are not finite, or
+            ``patience`` is asked for without held-out samples.
+    """
 
     def __init__(
         self,
@@ -48,42 +70,24 @@ class Loop:
         loss: TollLoss,
         x: Tensor | Rows,
         validation: Tensor | Rows | None,
-        batch_size: int,
-        max_epochs: int | None,
-        max_steps: int | None,
-        patience: int | None,
-        noise: float,
-        input_limit: float | None,
+        options: TrainingOptions,
         generator: torch.Generator,
     ) -> None:
-        check_integer("batch_size", batch_size, minimum=1)
-        limits = {"max_epochs": max_epochs, "max_steps": max_steps}
-        for name, value in (limits | {"patience": patience}).items():
-            if value is not None:
-                check_integer(name, value, minimum=1)
-        if max_epochs is None and max_steps is None:
-            msg = "max_epochs and max_steps must not both be None: nothing would end the fit"
-            raise ValueError(msg)
         for name, samples in (("x", x), ("validation", validation)):
             _check_samples(name, samples, learner.module)
         self._learner, self._loss, self._x, self._validation = learner, loss, x, validation
-        self._batch_size, self._patience, self._generator = batch_size, patience, generator
-        self._noise = check_finite_float("noise", noise, minimum=0)
-        self._limit = None if input_limit is None else check_finite_float("input_limit", input_limit, minimum=0)
-        n, size = len(x), batch_size
-        per_epoch = -(-n // size) - (n % size == 1 and 1 < size < n)
-        self._steps = min(
-            math.inf if max_epochs is None else max_epochs * per_epoch, math.inf if max_steps is None else max_steps
-        )
+        self._options, self._generator = options, generator
+        self._patience = options.epochs_to_wait(held_out=validation is not None)
+        self._steps = options.steps(len(x))
         self._guard = DivergenceGuard(learner.module)
         self._histories = [History() for _ in range(learner.members)]
 
-    def run(self, progress: bool, on_epoch: Callable[[int, list[History]], None] | None) -> list[History]:
+    def run(self, progress: bool, on_epoch: OnEpoch | None) -> list[History]:
         """Train to the end; return each member's history, its best weights in place."""
         members, histories = self._learner.members, self._histories
         best, best_weights = torch.full((members,), math.inf, dtype=torch.float64), self._learner.copy()
         step, epoch = 0, 0
-        with _bar(int(self._steps), progress) as advance:
+        with _bar(self._steps, progress) as advance:
             while step < self._steps:
                 step = self._one_epoch(step, advance)
                 if self._validation is None:
@@ -112,46 +116,58 @@ class Loop:
         return histories
 
     def _one_epoch(self, step: int, advance: Callable[[], object]) -> int:
-        members = self._learner.members
-        sums, seen = ([0.0] * members, [0.0] * members), 0
+        """Steps over all samples once, or to the end of the fit; return the number of the next step."""
+        sums = [[0.0] * self._learner.members for _ in range(2)]
+        seen = 0
+        waiting: list[tuple[int, Tensor]] = []
         order = torch.randperm(len(self._x), generator=self._generator)
-        for index in self._batches(order):
-            if step == self._steps:
-                break
+        batches = self._batches(order)[: self._steps - step]
+        for i, index in enumerate(batches, start=1):
             targets = self._x[index]
-            means = self._learner.step(self._noisy(self._clipped(targets)), targets)
-            self._guard.check(step, **self._named(*(sum(values) / members for values in means)))
+            waiting.append((len(targets), self._learner.step(self._noisy(self._clipped(targets)), targets)))
             self._learner.update()
             advance()
-            for term, values in zip(sums, means, strict=True):
-                for member, value in enumerate(values):
-                    term[member] += value * len(targets)
-            seen, step = seen + len(targets), step + 1
+            step += 1
+            if len(waiting) == _LOOKED_AT or i == len(batches):
+                self._look(step - len(waiting), waiting, sums)
+                seen += sum(count for count, _ in waiting)
+                waiting.clear()
         for member, history in enumerate(self._histories):
             for name, mean in self._named(*(term[member] / seen for term in sums)).items():
                 getattr(history, name).append(mean)
         return step
 
+    def _look(self, first: int, steps: list[tuple[int, Tensor]], sums: list[list[float]]) -> None:
+        """Add what the steps from ``first`` on measured to ``sums``; stop at one that is not finite."""
+        fetched = torch.stack([means for _, means in steps]).tolist()
+        for i, ((count, _), means) in enumerate(zip(steps, fetched, strict=True)):
+            self._guard.check(first + i, **self._named(*(sum(values) / len(values) for values in means)))
+            for term, values in zip(sums, means, strict=True):
+                for member, value in enumerate(values):
+                    term[member] += value * count
+
     def _named(self, reconstruction: float, latent: float) -> dict[str, float]:
-        # The mean of a sum is the sum of the means, and plain numbers add up as tensors do.
-        total: Any = self._loss.score(TollTerms(reconstruction, latent))  # type: ignore[arg-type]
+        """Loss and terms by name, from the means of both terms."""
+        # The mean of a sum is the sum of the means.
+        total = self._loss.score(TollTerms(reconstruction, latent))
         return {"total": total, "reconstruction": reconstruction, "latent": latent}
 
     def _batches(self, order: Tensor) -> list[Tensor]:
-        batches = list(torch.split(order, self._batch_size))
-        if len(batches) > 1 and len(batches[-1]) == 1 < self._batch_size:
+        batches = list(torch.split(order, self._options.batch_size))
+        if len(batches) > 1 and len(batches[-1]) == 1 < self._options.batch_size:
             # One sample has no batch statistics, so it joins the batch before it.
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
     def _clipped(self, x: Tensor) -> Tensor:
-        return x if self._limit is None else x.clamp(-self._limit, self._limit)
+        limit = self._options.input_limit
+        return x if limit is None else x.clamp(-limit, limit)
 
     def _noisy(self, x: Tensor) -> Tensor:
-        if self._noise == 0:
+        if self._options.noise == 0:
             return x
         drawn = torch.randn(x.shape, generator=self._generator, dtype=x.dtype)
-        return x + self._noise * drawn.to(x.device)
+        return x + self._options.noise * drawn.to(x.device)
 
     def _held_out(self, validation: Tensor | Rows) -> Tensor:
         """Mean held-out loss of each member."""
@@ -159,11 +175,9 @@ class Loop:
         for start in range(0, len(validation), _EVALUATION_BATCH):
             targets = validation[slice(start, start + _EVALUATION_BATCH)]
             terms = self._learner.terms(self._clipped(targets), targets)
-            sums += torch.stack(terms).cpu().double().sum(dim=2)
-        return self._loss.score(TollTerms(*(sums / len(validation))))
-
-
-_EVALUATION_BATCH = 1024
+            sums += torch.stack([*terms]).cpu().double().sum(dim=2)
+        held_out: Tensor = self._loss.score(TollTerms(*(sums / len(validation))))
+        return held_out
 
 
 def _check_samples(name: str, samples: Tensor | Rows | None, network: nn.Module) -> None:
