@@ -1,4 +1,4 @@
-"""Public use, as a type checker sees it: `mypy --strict tests/typing/api.py`. Nothing here runs.
+"""Public use, as a type checker sees it: `mypy` checks it beside the package. Nothing here runs.
 
 Lines that are wrong on purpose say by which error; strict mypy complains where that error does not come.
 """
