@@ -41,9 +41,6 @@ SMALL = {
     "anomalib train --model Toll --config configs/folder.yaml": " --trainer.max_epochs 1",
     "anomalib train --model CollapsedGanomaly": " --trainer.max_epochs 1",
     "anomalib train --model PatchToll": " --model.pre_trained false --model.max_steps 20",
-    f"{_BENCHMARKS}list": "",
-    f"{_BENCHMARKS}report": "",
-    f"{_BENCHMARKS}readme": "",
     f"{_BENCHMARKS}run quick --jobs": _small("{digits: {parts: [8]}}", "Toll, MemAE, DeepSVDD, KNN"),
     f"{_BENCHMARKS}run quick --name parts": " --seeds 1 --max_epochs 1 --jobs 1",
     f"{_BENCHMARKS}run tables --name machines": " --seeds 1 --methods [KNN,IForest] --jobs 1",
@@ -150,8 +147,7 @@ def _run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if line.startswith("anomalib "):
         monkeypatch.setattr(sys, "argv", words)
         run_cli(*words[1:])
-    # `readme` writes into the files beside the package, so it runs the clone's.
-    elif line.startswith(_BENCHMARKS) and not line.startswith(f"{_BENCHMARKS}readme"):
+    elif line.startswith(_BENCHMARKS):
         from benchmarks.__main__ import main
 
         monkeypatch.setattr(sys, "argv", words[2:])
