@@ -16,7 +16,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
-from toll_plugin.anomalib.base import Verbs, is_normal, size_for, size_of, validation_batches
+from toll_plugin.anomalib.base import TollModuleMixin, is_normal, size_for, size_of, validation_batches
 from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel, load_backbone
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
@@ -40,7 +40,7 @@ _HELD_OUT = 0.2
 _FEWEST = 2
 
 
-class PatchToll(Verbs, AnomalibModule):
+class PatchToll(TollModuleMixin, AnomalibModule):
     r"""Targeted collapse on the features of a frozen pretrained backbone, position by position.
 
     One pass over the normal training images computes their features, which are kept, standardised and
