@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -32,8 +31,6 @@ from toll_plugin.core.training.divergence import DivergenceError, DivergenceGuar
 
 __all__ = ["Toll"]
 
-_logger = logging.getLogger(__name__)
-
 _OWN_NETWORK = "toll_own_network"
 _TRAIN_LOGS = ("train_loss", "train_reconstruction", "train_latent")
 _VALIDATION_LOGS = ("val_loss", "val_reconstruction", "val_latent")
@@ -61,7 +58,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         encoder: A module of your own from ``(N, in_channels, H, W)`` to ``(N, *)``; needs a
             ``decoder`` and replaces ``network`` and ``latent_dim``. A checkpoint does not store
             it: pass both to ``load_from_checkpoint`` again.
-        decoder: Its counterpart.
+        decoder: A module of your own from the latent back to ``(N, in_channels, H, W)``.
         beta: Weight of the latent norm, at least 0, in input units per latent unit. Default
             0.01; see the README on choosing it.
         exponent: Of both norms, 1 (default, the authors' code) or 2.
@@ -75,7 +72,8 @@ class Toll(TollModuleMixin, AnomalibModule):
         restore_best_weights: Use the weights of the lowest ``val_loss``. Default true.
         patience: Validations (epochs, unless the trainer validates less often) without a lower
             ``val_loss`` before training stops, unless the trainer has an ``EarlyStopping`` of its
-            own. Default 20; ``None`` never stops.
+            own. Default 20; ``None`` never stops. Without a validation split there is no
+            ``val_loss``, and training ends by ``max_epochs`` alone.
         max_epochs: Overrides the trainer's, for callers without a trainer section such as
             ``anomalib benchmark``. Default ``None``.
         seed: Of the initial weights; the global generator is not used then. Default ``None``.
@@ -170,7 +168,7 @@ class Toll(TollModuleMixin, AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """No sanity check, which would set a threshold from untrained scores; ``max_epochs`` if given."""
+        """No validation before training, which would set thresholds from untrained scores; ``max_epochs`` if given."""
         return {"num_sanity_val_steps": 0} | ({} if self.max_epochs is None else {"max_epochs": self.max_epochs})
 
     @staticmethod
@@ -185,9 +183,8 @@ class Toll(TollModuleMixin, AnomalibModule):
     def configure_callbacks(self) -> Sequence[Callback]:
         """Those of anomalib, model selection, and early stopping where the trainer has none."""
         callbacks = [*super().configure_callbacks(), self._best_weights]
-        callbacks_there = self.trainer.callbacks
-        theirs = [c for c in callbacks_there if isinstance(c, EarlyStopping) and not isinstance(c, _StopByValLoss)]
-        if self.patience is not None and not theirs:
+        stopping = [c for c in self.trainer.callbacks if isinstance(c, EarlyStopping)]
+        if self.patience is not None and all(isinstance(c, _StopByValLoss) for c in stopping):
             # Not strict: without a validation split there is no val_loss, and nothing to stop by.
             callbacks.append(_StopByValLoss("val_loss", patience=self.patience, strict=False))
         return callbacks
@@ -197,20 +194,9 @@ class Toll(TollModuleMixin, AnomalibModule):
         return torch.optim.Adam(self.model.parameters(), lr=self.lr)
 
     def on_fit_start(self) -> None:
-        """Start watching for divergence; measure the scaling's range if it was left open."""
+        """Start watching for divergence."""
         super().on_fit_start()
         self._guard = DivergenceGuard(self.model)
-        if isinstance(self.pre_processor, TollPreProcessor) and self.pre_processor.is_open:
-            self.pre_processor.close(self._measured_range(self.pre_processor))
-            _logger.info("scaling_range of the training images: %s", self.pre_processor.scaling_range)
-
-    def _measured_range(self, pre_processor: TollPreProcessor) -> tuple[float, float]:
-        self.trainer.fit_loop.setup_data()  # before any batch is scaled, so before Lightning does it
-        ranges = [pre_processor.measure(batch.image) for batch in self.trainer.train_dataloader]
-        low, high = torch.tensor(ranges, device=self.trainer.strategy.root_device).T
-        # Each process has its share of the images.
-        found = self.all_gather(torch.stack([low.min(), -high.max()])).view(-1, 2).amin(dim=0)
-        return float(found[0]), -float(found[1])
 
     def on_train_epoch_start(self) -> None:
         """Remember the weights in case the epoch diverges."""
@@ -247,7 +233,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's means; Lightning's logging at each step costs more than a small network's step."""
+        """Log the epoch's means. At each step Lightning's logging would cost more than a small network's step."""
         super().on_train_epoch_end()
         means = (self._train_sums / self._train_count).float().to(self.device)
         self.log_dict(dict(zip(_TRAIN_LOGS, means, strict=True)), prog_bar=True, sync_dist=True)
@@ -267,8 +253,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         """Log ``val_loss`` and its terms, where there was a normal image.
 
         Raises:
-            DivergenceError: In a fit, if one of them is not finite; the weights of the epoch's start are put
-                back.
+            DivergenceError: In a fit, if one is not finite; the weights of the epoch's start are put back.
         """
         super().on_validation_epoch_end()
         if not updated_anywhere(self.val_loss)[0]:
@@ -282,7 +267,7 @@ class Toll(TollModuleMixin, AnomalibModule):
             self.log(name, value, prog_bar=name == "val_loss")
 
     def on_fit_end(self) -> None:
-        """Look for the method's failure signatures in the weights that were chosen."""
+        """Warn where the chosen weights fail in one of the ways of :class:`toll_plugin.core.CollapseMonitor`."""
         super().on_fit_end()
         if self._guard is not None:
             self._guard.keep(self.global_step)
@@ -304,7 +289,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         return [f for f in monitor.findings() if scored or f.signature != "latent_does_not_separate"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the best weights, and whether encoder and decoder have to be passed again."""
+        """Store the best weights, and whether encoder and decoder were passed."""
         super().on_save_checkpoint(checkpoint)
         if self._trainer is not None:
             self._best_weights.on_save_checkpoint(self.trainer, self, checkpoint)
@@ -326,4 +311,4 @@ class Toll(TollModuleMixin, AnomalibModule):
 
 
 class _StopByValLoss(EarlyStopping):
-    """The model's own early stopping, told apart from a user's."""
+    """The model's own early stopping, told apart from a user's. Its name is a key in checkpoints."""
