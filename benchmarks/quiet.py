@@ -1,4 +1,4 @@
-"""Engines, trainers and blocks that show nothing and leave nothing behind."""
+"""Engines and blocks that show nothing and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -25,23 +25,6 @@ def quiet_engine(folder: str, max_epochs: int, **arguments: Any) -> Any:
         enable_progress_bar=False,
         enable_model_summary=False,
         **arguments,
-    )
-
-
-def quiet_trainer(max_epochs: int) -> Any:
-    """Lightning's Trainer on one CPU device, writing nothing: some models have checkpoints of gigabytes."""
-    from lightning.pytorch import Trainer
-
-    return Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        devices=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
     )
 
 

@@ -9,6 +9,7 @@ from anomalib import TaskType
 from contracts import engine
 from image_files import write_cifar, write_mnist
 from lightning.pytorch import Trainer
+from PIL import Image
 from torchvision.transforms.v2 import Compose, RandomErasing, Resize
 
 from toll_plugin.anomalib import (
@@ -18,11 +19,11 @@ from toll_plugin.anomalib import (
     FashionMNISTOneVsRest,
     MNISTOneVsRest,
     OneVsRest,
+    TensorImageDataset,
     Toll,
     TollPreProcessor,
 )
 from toll_plugin.anomalib.datamodules import LabelledImages
-from toll_plugin.anomalib.datasets import TensorImageDataset
 from toll_plugin.core import contrast_range
 
 
@@ -139,11 +140,60 @@ def test_loading_copies_no_global_randomness():
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
-def test_heat_maps_are_drawn_from_images_in_memory(tmp_path):
+def _written(monkeypatch):
+    """The names of the images that the data set writes to files, as they are written."""
+    names = []
+    write = TensorImageDataset.write_images
+
+    def noted(self, wanted, folder):
+        before = set(folder.rglob("*.png"))
+        files = write(self, wanted, folder)
+        names.extend(sorted(str(path.relative_to(folder)) for path in set(folder.rglob("*.png")) - before))
+        return files
+
+    monkeypatch.setattr(TensorImageDataset, "write_images", noted)
+    return names
+
+
+def test_heat_maps_are_drawn_from_images_in_memory(tmp_path, monkeypatch):
+    written = _written(monkeypatch)
     data = Squares(2)
     engine(tmp_path, max_epochs=1).train(Toll(image_size=8, seed=0), datamodule=data)
-    drawn = sorted(path.parent.name for path in tmp_path.glob("Toll/Squares/2/v0/images/**/*.png"))
-    assert drawn == ["bad"] * 18 + ["good"] * 6
+    drawn = sorted(tmp_path.glob("Toll/Squares/2/v0/images/**/*.png"))
+    assert [path.parent.name for path in drawn] == ["bad"] * 18 + ["good"] * 6
+    assert sorted(written) == sorted(data.test_data.samples["image_path"])
+    for path in drawn:
+        # The left panel is the image itself, of class c a flat one of value 10 c.
+        shown = np.asarray(Image.open(path))[128, 128]
+        assert (shown == 10 * int(path.name[0])).all(), path
+
+
+def test_nothing_is_written_where_nothing_is_drawn(tmp_path, monkeypatch):
+    written = _written(monkeypatch)
+    data = Squares(2)
+    silent = Toll(image_size=8, seed=0, visualizer=False)
+    runner = engine(tmp_path, max_epochs=1)
+    runner.train(silent, datamodule=data)
+    runner.predict(silent, datamodule=data)
+    loud = Toll(image_size=8, seed=0)
+    runner = engine(tmp_path, max_epochs=1)
+    runner.fit(loud, datamodule=data)  # draws in test and predict only
+    runner.validate(loud, datamodule=data)
+    assert written == []
+    assert data._image_folder is None
+
+
+def test_only_the_images_that_are_drawn_are_written(tmp_path, monkeypatch):
+    written = _written(monkeypatch)
+    data = Squares(2, eval_batch_size=5)
+    runner = engine(tmp_path, limit_test_batches=2, limit_predict_batches=3)
+    model = Toll(image_size=8, seed=0)
+    runner.test(model, datamodule=data)
+    names = data.test_data.samples["image_path"]
+    assert sorted(written) == sorted(names[:10])
+    batches = runner.predict(model, datamodule=data)
+    assert sorted(written) == sorted(names[:15])  # each once
+    assert [path[-12:] for path in batches[2].image_path] == [name[-12:] for name in names[10:15]]
 
 
 def test_sets_add_up():

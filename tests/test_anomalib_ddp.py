@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -69,6 +70,55 @@ if int(__import__("os").environ.get("LOCAL_RANK", 0)) == 0:
 """
 
 
+UNEQUAL = """
+import json, logging, sys, warnings
+from datetime import timedelta
+warnings.simplefilter("ignore")
+logging.disable(logging.WARNING)
+import torch
+from anomalib.data import ImageBatch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from toll_plugin.anomalib import OneVsRest, Toll, TollPostProcessor
+from toll_plugin.anomalib.datamodules import LabelledImages
+
+torch.set_num_threads(1)
+
+class Alternating(OneVsRest):
+    def load(self):
+        labels = torch.arange(48) % 2
+        images = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        return LabelledImages(images, labels), LabelledImages(images, labels)
+
+# Of the 16 images that validate, normal ones go to the first process and anomalous ones to the second.
+data = Alternating(0, train_batch_size=4, val_indices=list(range(16)), val_anomalies=True)
+model = Toll(image_size=8, in_channels=1, seed=0, visualizer=False)
+trainer = Trainer(max_epochs=2, accelerator="cpu", devices=2, logger=False, enable_progress_bar=False,
+                  enable_model_summary=False, enable_checkpointing=False,
+                  strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120)))
+trainer.fit(model, datamodule=data)
+rank = trainer.global_rank
+found = {"val_loss": float(trainer.callback_metrics["val_loss"]), "fit": float(model.post_processor.pixel_threshold)}
+
+def validated(with_masks):
+    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masks[1, 0, 0] = True
+    maps = torch.arange(32.0).reshape(2, 1, 4, 4) + 100 * rank
+    batch = ImageBatch(image=torch.zeros(2, 3, 4, 4), pred_score=maps.amax(dim=(1, 2, 3)), anomaly_map=maps,
+                       gt_label=torch.tensor([0, 1]), gt_mask=masks if with_masks else None)
+    post_processor = TollPostProcessor()
+    post_processor.on_validation_batch_end(None, None, batch)
+    post_processor.on_validation_epoch_end(None, None)
+    return [float(post_processor.image_threshold), float(post_processor.pixel_threshold)]
+
+found["masks of the first"], found["no masks"] = validated(rank == 0), validated(False)
+everyone = [None, None]
+torch.distributed.all_gather_object(everyone, found)
+if rank == 0:
+    print("RESULT", json.dumps(everyone))
+"""
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
@@ -110,3 +160,15 @@ def test_targeted_collapse_in_two_processes_is_that_of_one(run):
     one, two = run(1, code=MIXIN), run(2, code=MIXIN)
     assert two["train_collapse"] == pytest.approx(one["train_collapse"], rel=0.1)
     assert two["generator_loss"] == pytest.approx(one["generator_loss"], rel=0.05)
+
+
+def test_processes_that_see_different_kinds_of_images_find_the_same_thresholds(run):
+    """Where only one of them computes a metric, it waits for the other until the time is up."""
+    first, second = run(2, code=UNEQUAL)
+    assert first == second
+    assert math.isfinite(first["val_loss"])
+    assert math.isfinite(first["fit"])
+    # By hand: scores 15 and 31 of the first process, 115 and 131 of the second; one of each is anomalous.
+    assert first["no masks"][1] == 115  # the largest map value of a normal image
+    assert first["masks of the first"][1] == 15.5  # the one anomalous pixel has 16, the next lower one 15
+    assert first["masks of the first"][0] == first["no masks"][0] == 23  # best F1 from 31 on, below it is 15

@@ -25,6 +25,7 @@ FAST = {
     "PatchCore": {},
     "DFKDE": {"n_pca_components": 2},
     "GANomaly": {"n_features": 4, "latent_vec_size": 8},
+    "CollapsedGanomaly": {"n_features": 4, "latent_vec_size": 8, "collapse_score_weight": 0.5},
 }
 NEEDS_BACKBONE = [name for name, model in MODELS.items() if model.backbone]
 
@@ -67,7 +68,7 @@ def test_scores_are_raw_and_of_each_sample_alone(fitted, name):
     np.testing.assert_allclose(fitted[name].score(test[order]).scores, found.scores[order], rtol=1e-4)
     np.testing.assert_allclose(fitted[name].score(test[3:4]).scores, found.scores[3:4], rtol=1e-4)
     assert found.maps is None or found.maps.shape == (10, *fitted[name].facts()["image_size"])
-    assert (found.maps is None) == (name in {"DFKDE", "GANomaly"})
+    assert (found.maps is None) == (name in {"DFKDE", "GANomaly", "CollapsedGanomaly"})
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -86,7 +87,7 @@ def test_tolls_terms_make_its_score(fitted):
     np.testing.assert_allclose(np.linalg.norm(found.maps, axis=(1, 2)), found.terms["reconstruction"], rtol=1e-5)
     assert fitted["Toll"].facts() == {
         "epochs": 1,
-        "parameters": sum(p.numel() for p in fitted["Toll"]._model.parameters()),
+        "parameters": sum(p.numel() for p in fitted["Toll"].model.parameters()),
         "image_size": [16, 16],
         "backbone": None,
         "pretrained": None,
@@ -104,9 +105,28 @@ def test_ganomaly_by_a_loop(fitted):
     expected = []
     with torch.no_grad():
         for image in test:
-            _, first, second = detector._model.model.generator(see(image.float().expand(3, -1, -1) / 255)[None])
+            _, first, second = detector.model.model.generator(see(image.float().expand(3, -1, -1) / 255)[None])
             expected.append(float((first - second).square().mean()))
     np.testing.assert_allclose(detector.score(test).scores, expected, rtol=1e-4)
+
+
+def test_the_term_of_a_collapsed_model_by_a_loop(fitted):
+    test, detector = _split().test, fitted["CollapsedGanomaly"]
+    found = detector.score(test)
+    see = Compose([Resize((32, 32), antialias=True), Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    norms = []
+    with torch.no_grad():
+        for image in test:
+            latent = detector.model.model.generator.encoder1(see(image.float().expand(3, -1, -1) / 255)[None])
+            norms.append(float(latent.norm()))
+    np.testing.assert_allclose(found.terms["latent"], norms, rtol=1e-4)
+    np.testing.assert_allclose(found.terms["host"] + 0.5 * found.terms["latent"], found.scores, rtol=1e-6)
+
+
+def test_draem_has_textures_while_it_trains(tmp_path):
+    detector = EngineDetector("CollapsedDraem", RANDOM, 0)
+    detector._build(_split().train, str(tmp_path))
+    assert len(list(tmp_path.glob("*.png"))) == 8
 
 
 def test_images_are_resized_as_in_training():
@@ -114,7 +134,7 @@ def test_images_are_resized_as_in_training():
     detector = EngineDetector("PaDiM", RANDOM, 0, n_features=8, image_size=64)
     seen = []
     detector.fit(split)
-    detector._model.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    detector.model.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     detector.score(split.test)
     expected = Resize((64, 64), antialias=True)(split.test.float() / 255)
     expected = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(expected)
@@ -123,14 +143,14 @@ def test_images_are_resized_as_in_training():
 
 def test_dfkde_is_anomalibs_density_until_that_underflows(fitted):
     detector, test = fitted["DFKDE"], _split().test
-    seen = detector._model.pre_processor.transform(_split().train[:4].float().expand(-1, 3, -1, -1) / 255)
-    features = detector._model.model.get_features(seen)
+    seen = detector.model.pre_processor.transform(_split().train[:4].float().expand(-1, 3, -1, -1) / 255)
+    features = detector.model.model.get_features(seen)
     features = torch.cat([features, features + torch.linspace(1, 2, 4)[:, None]])
-    detector._model.model.get_features = lambda _: features.clone()
+    detector.model.model.get_features = lambda _: features.clone()
     found = detector.score(test[:8]).scores
     with torch.no_grad():
-        density = detector._model.model.classifier.compute_kde_scores(features.clone(), as_log_likelihood=True).numpy()
-    del detector._model.model.get_features
+        density = detector.model.model.classifier.compute_kde_scores(features.clone(), as_log_likelihood=True).numpy()
+    del detector.model.model.get_features
     near = np.isfinite(density)
     assert near.tolist() == [True] * 4 + [False] * 4
     np.testing.assert_allclose(found[near] - found[near][0], density[near][0] - density[near], rtol=1e-3, atol=1e-3)
@@ -151,12 +171,12 @@ def test_patchcores_bank_has_a_bound(fitted):
     from benchmarks.methods.models import PATCHES, Task
 
     # 64x64 pixels are 8x8 patches: 16 images have 1024.
-    assert len(fitted["PatchCore"]._model.model.memory_bank) == 102
-    large = MODELS["PatchCore"].arguments(Task((64, 64), 6000, 1, "resnet18", None, False, seed=0))
+    assert len(fitted["PatchCore"].model.model.memory_bank) == 102
+    large = MODELS["PatchCore"].arguments(Task((64, 64), 6000, 1, "resnet18", None, False, seed=0, folder=""))
     assert large["coreset_sampling_ratio"] == PATCHES / 384000
     detector = EngineDetector("PatchCore", RANDOM, 0, coreset_sampling_ratio=0.05)
     detector.fit(_split())
-    assert len(detector._model.model.memory_bank) == 51
+    assert len(detector.model.model.memory_bank) == 51
     # What the bank, of 384 numbers in 4 bytes, adds to the size.
     assert fitted["PatchCore"].size() - detector.size() == 51 * 384 * 4
 
@@ -166,33 +186,33 @@ def _refuse(*_, **__):
     raise OSError(msg)
 
 
-def _with_weights(detector):
+def _with_weights(detector, folder):
     """A model as its fit begins: PatchToll's backbone has its weights only then."""
-    model = detector._build(_split().train)
+    model = detector._build(_split().train, str(folder))
     model.on_fit_start()
     return model
 
 
 @pytest.mark.parametrize("name", NEEDS_BACKBONE)
-def test_random_weights_only_where_asked_for(name, monkeypatch):
+def test_random_weights_only_where_asked_for(name, tmp_path, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: (_refuse if k.get("pretrained") else create)(*a, **k))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", _refuse)
     detector = EngineDetector(name, RANDOM, 0)
-    detector._model = _with_weights(detector)
+    detector.model = _with_weights(detector, tmp_path)
     assert detector.facts()["pretrained"] == "random"
     assert detector.facts()["backbone"] == "resnet18"
     with pytest.raises(OSError, match="a download"):
-        _with_weights(EngineDetector(name, Budget(), 0))
+        _with_weights(EngineDetector(name, Budget(), 0), tmp_path)
 
 
 @pytest.mark.parametrize("name", NEEDS_BACKBONE)
-def test_local_weights(name, weights, monkeypatch):
+def test_local_weights(name, weights, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", _refuse)
     detector = EngineDetector(name, Budget(weights=weights), 0)
-    detector._model = _with_weights(detector)
+    detector.model = _with_weights(detector, tmp_path)
     assert detector.facts()["pretrained"] == "imagenet, local file"
-    given, held = torch.load(weights), [module.state_dict() for module in detector._model.modules()]
+    given, held = torch.load(weights), [module.state_dict() for module in detector.model.modules()]
     backbones = [state for state in held if "conv1.weight" in state and set(state) <= set(given)]
     assert any(all(torch.equal(value, given[key]) for key, value in state.items()) for state in backbones)
 

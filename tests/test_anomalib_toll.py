@@ -16,6 +16,7 @@ from anomalib.models import get_model
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from contracts import AnomalibModelContract, checkpoint_of, engine, run_cli
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torchvision.transforms.v2 import Resize
@@ -57,6 +58,15 @@ def _fit(model, root, data=None, **arguments):
         warnings.simplefilter("ignore", TollWarning)
         runner.fit(model, datamodule=data or _digits())
     return runner
+
+
+class WorseAtTheEnd(Callback):
+    """Spoils the last epoch by a high learning rate, so that the last weights are not the best."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        del pl_module
+        if trainer.current_epoch == trainer.max_epochs - 1:
+            trainer.optimizers[0].param_groups[0]["lr"] = 1.0
 
 
 # --- scores and maps
@@ -255,11 +265,10 @@ def test_training_equals_a_plain_torch_loop(tmp_path):
 
 
 def test_the_weights_of_the_lowest_val_loss_are_used_everywhere(tmp_path):
-    # A high learning rate makes val_loss jump, so that the last epoch is not the best.
-    model, data = _toll(lr=0.3), _digits()
+    model, data = _toll(), _digits()
     losses = []
     model.on_validation_end = lambda: losses.append(float(model.trainer.callback_metrics["val_loss"]))
-    runner = _fit(model, tmp_path, data, max_epochs=12, callbacks=None)
+    runner = _fit(model, tmp_path, data, max_epochs=4, callbacks=[WorseAtTheEnd()])
     assert losses[-1] > min(losses)
     assert runner.validate(datamodule=data, verbose=False)[0]["val_loss"] == pytest.approx(min(losses), rel=1e-5)
     shown = runner.test(model, datamodule=data, verbose=False)[0]
@@ -288,13 +297,35 @@ def test_saving_after_the_fit_still_resumes_from_the_last_weights(tmp_path):
 
 
 def test_a_weights_only_checkpoint_holds_the_best_weights_too(tmp_path):
-    model, data = _toll(lr=0.3), _digits()
+    model, data = _toll(), _digits()
     # anomalib's class: beside Lightning's own, its engine adds a second one.
     saver = callbacks.ModelCheckpoint(tmp_path / "w", filename="w", save_weights_only=True)
-    _fit(model, tmp_path, data, max_epochs=12, callbacks=[saver])
+    _fit(model, tmp_path, data, max_epochs=4, callbacks=[saver, WorseAtTheEnd()])
     loaded = Toll.load_from_checkpoint(tmp_path / "w/w.ckpt")
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name].nan_to_num(), value.nan_to_num()), name
+    last = torch.load(tmp_path / "w/w.ckpt", weights_only=True)["toll_training_state_dict"]
+    assert not torch.equal(last["model.network.encoder.0.weight"], model.model.network.encoder[0].weight)
+
+
+def test_weights_that_are_kept_do_not_lie_on_the_device(tmp_path, monkeypatch):
+    """The CPU stands in for a device: what is kept during and after a fit is a copy made on the CPU."""
+    copies = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **k: copies.append((a[1:], k)) or to(*a, **k))
+    model = _toll()
+    runner = _fit(model, tmp_path)
+    kept = model._best_weights
+    assert copies.count((("cpu",), {"copy": True})) >= 2 * len(model.state_dict())  # the best, and the last
+    assert kept._best is None  # the model holds it
+    before = {name: value.clone() for name, value in kept._last.items()}
+    with torch.no_grad():
+        model.model.network.encoder[0].weight.zero_()
+    assert torch.equal(kept._last["model.network.encoder.0.weight"], before["model.network.encoder.0.weight"])
+    runner.trainer.save_checkpoint(tmp_path / "late.ckpt")
+    stored = torch.load(tmp_path / "late.ckpt", weights_only=True)["toll_training_state_dict"]
+    for name, value in before.items():
+        torch.testing.assert_close(stored[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_a_users_own_model_checkpoint_holds_what_it_says(tmp_path):
@@ -547,15 +578,63 @@ def test_a_normal_fit_warns_of_nothing(tmp_path):
     assert model.findings == []
 
 
-@pytest.mark.parametrize("verb", ["fit", "test"])
-def test_nan_pixels_are_refused(tmp_path, verb):
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("pixel", [math.nan, math.inf, -math.inf])
+def test_pixels_that_are_not_finite_are_refused(tmp_path, verb, pixel):
     data = _digits()
     data.setup()
-    for part in (data.train_data, data.test_data):
-        part._images[1, 0, 0, 0] = float("nan")
+    parts = {"fit": data.train_data, "validate": data.val_data, "test": data.test_data, "predict": data.test_data}
+    part = parts[verb]
+    part._images[1, 0, 0, 0] = pixel
     data._is_setup = True
-    with pytest.raises(ValueError, match=r"images must be finite, .*: .*\.png"):
+    name = part.samples["image_path"][1]
+    with pytest.raises(ValueError, match=f"images must be finite, got NaN or infinite pixels in: {name}$"):
         getattr(engine(tmp_path, max_epochs=1), verb)(_toll(), datamodule=data)
+
+
+def test_an_image_that_is_not_finite_leaves_the_weights_of_the_epochs_start(tmp_path):
+    """BatchNorm has seen it by the time it is found; nothing of that may stay."""
+    model, data = _toll(), _digits()
+    data.setup()
+    starts = []
+    model.on_train_epoch_start = lambda: (
+        Toll.on_train_epoch_start(model),
+        starts.append({name: value.clone() for name, value in model.model.state_dict().items()}),
+    )
+
+    class Spoil(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            del pl_module
+            if trainer.current_epoch == 1 and batch_idx == 1:
+                batch.image = batch.image.clone()  # one channel in memory, shown as three
+                batch.image[3] = math.nan
+
+    with pytest.raises(ValueError, match="images must be finite"):
+        _fit(model, tmp_path, data, max_epochs=3, callbacks=[Spoil()])
+    assert len(starts) == 2
+    for name, value in starts[1].items():
+        assert torch.equal(model.model.state_dict()[name], value), name
+
+
+def test_a_training_step_waits_for_the_device_once(tmp_path, monkeypatch):
+    """A number that Python reads from a tensor makes it wait until the device has computed it."""
+    reads = []
+    for method in ("__bool__", "__float__", "__int__", "item", "tolist", "cpu", "numpy"):
+        plain = getattr(torch.Tensor, method)
+        monkeypatch.setattr(torch.Tensor, method, lambda *a, _m=method, _f=plain, **k: reads.append(_m) or _f(*a, **k))
+    model, of_steps = _toll(), []
+    step = model.training_step
+
+    def counted(batch, batch_idx):
+        reads.clear()
+        loss = step(batch, batch_idx)
+        of_steps.append(list(reads))
+        return loss
+
+    model.training_step = counted
+    _fit(model, tmp_path, max_epochs=2)
+    assert len(of_steps) == 8
+    assert all(found == ["tolist"] for found in of_steps), of_steps
 
 
 @pytest.mark.parametrize(

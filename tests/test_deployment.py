@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.costs.deployment import LAYERS, _features, _model
-from benchmarks.costs.speed import median_seconds
+from benchmarks.run.measure import median_seconds
 
 COMPONENTS, CHANNELS, HIDDEN, LATENT = 192, 64 + 128 + 256, 1024, 32
 
@@ -37,10 +37,13 @@ def test_models_score_and_are_timed_in_turns():
     def calling(name, model):
         def call():
             order.append(name)
-            model(image)
+            with torch.no_grad():
+                found = model(image)
+            assert found.pred_score.shape[0] == 1
+            assert found.anomaly_map.shape[-2:] == (64, 64)
 
         return call
 
     taken = median_seconds({name: calling(name, _model(name, "resnet18", 64, 10)) for name in LAYERS}, 3)
     assert order == [*LAYERS] * 4  # the first round warms up
-    assert min(taken.values()) > 0
+    assert list(taken) == [*LAYERS]

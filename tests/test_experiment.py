@@ -19,10 +19,11 @@ from scipy.io import savemat
 from benchmarks.data.datasets import DATASETS, PROTOCOLS, Limits
 from benchmarks.data.tables import find_table, halves
 from benchmarks.interfaces import Budget, Detector, Scored, Split
-from benchmarks.methods.registry import METHODS, TableDetector, build
+from benchmarks.methods.registry import METHODS, build
+from benchmarks.methods.tables import TableDetector
 from benchmarks.run import evaluate, experiment
-from benchmarks.run.evaluate import image_metrics, pixel_metrics, rare, spliced
 from benchmarks.run.experiment import EXPERIMENTS, run, with_experiment
+from benchmarks.run.metrics import DRAWS, image_metrics, pixel_metrics, rare, spliced
 from benchmarks.run.plan import Plan, plan_of
 
 
@@ -223,9 +224,7 @@ def test_rare_anomalies_by_hand():
     scores[110:] = -1
     found = rare(bad, scores, 0.01, seed=0)
     assert found["precision_at_top"] == pytest.approx(0.5, abs=0.35)
-    assert found["precision_at_top"] * evaluate.DRAWS == pytest.approx(
-        round(found["precision_at_top"] * evaluate.DRAWS)
-    )
+    assert found["precision_at_top"] * DRAWS == pytest.approx(round(found["precision_at_top"] * DRAWS))
     assert rare(bad, scores, 0.001, seed=0) is None
     assert rare(bad, scores, 0.5, seed=0) is None
 
@@ -323,6 +322,24 @@ def test_table_methods(odds, name):
     if name == "TollDetector":
         # beta's default is 0.1.
         np.testing.assert_allclose(found.scores, found.terms["reconstruction"] + 0.1 * found.terms["latent"])
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+def test_the_term_of_collapsed_detectors_joins_their_hosts_score(odds, weight):
+    split = split_of("odds", "t", root=odds)
+    given = {"epoch_num": 2, "collapse_weight": 0.5, "collapse_score_weight": weight}
+    detector = build("table", "CollapsedAutoEncoder", Budget(), 0, given)
+    detector.fit(split)
+    found = detector.score(split.test)
+    assert set(found.terms) == ({"host", "latent"} if weight else {"host"})
+    if weight:
+        np.testing.assert_allclose(found.terms["host"] + weight * found.terms["latent"], found.scores)
+        rows = torch.from_numpy(detector._scaler.transform(split.test.numpy())).float()
+        with torch.no_grad():
+            norms = detector.model.model.eval().encoder(rows).norm(dim=1)
+        np.testing.assert_allclose(found.terms["latent"], norms, rtol=1e-4)
+    assert detector.model.collapse_score_weight == weight  # as it was before scoring
+    assert detector.model.collapse_weight == 0.5
 
 
 @pytest.mark.parametrize("name", ["AutoEncoder", "VAE", "LUNAR", "DIF", "DeepSVDD", "ALAD"])

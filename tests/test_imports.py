@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pickle
+import pickletools
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import FunctionType
 
+import numpy as np
 import pytest
+import torch
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -213,32 +220,64 @@ def test_late_arming_registers_what_is_already_imported():
     assert printed(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").split() == ["False", "True"]
 
 
-def test_spawned_processes_know_the_model():
-    code = """
-        import multiprocessing as mp
-
-        def look(queue):
-            from anomalib.models import list_models
-            queue.put("toll" in list_models())
-
-        if __name__ == "__main__":
-            pass
-    """
+def test_spawned_processes_know_the_model(tmp_path):
     # A spawned child cannot import a function of `-c`, so the code goes through a file.
-    import tempfile
-    from pathlib import Path
-
-    path = Path(tempfile.mkdtemp()) / "child.py"
+    path = tmp_path / "child.py"
     path.write_text(
-        textwrap.dedent(code).replace(
-            "    pass\n",
-            "    context = mp.get_context('spawn')\n"
-            "    queue = context.Queue()\n"
-            "    child = context.Process(target=look, args=(queue,))\n"
-            "    child.start()\n"
-            "    print(queue.get(timeout=200))\n"
-            "    child.join()\n",
-        )
+        textwrap.dedent("""
+            import multiprocessing as mp
+
+            def look(queue):
+                from anomalib.models import list_models
+                queue.put("toll" in list_models())
+
+            if __name__ == "__main__":
+                context = mp.get_context("spawn")
+                queue = context.Queue()
+                child = context.Process(target=look, args=(queue,))
+                child.start()
+                print(queue.get(timeout=200))
+                child.join()
+        """)
     )
     result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, timeout=300)
     assert result.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("package", ["toll_plugin.core", "toll_plugin.anomalib", "toll_plugin.pyod"])
+def test_public_names_say_where_users_import_them(package):
+    module = importlib.import_module(package)
+    objects = [getattr(module, name) for name in module.__all__]
+    assert {x.__module__ for x in objects if isinstance(x, type | FunctionType)} == {package}
+
+
+def modules_named_in(pickled: bytes) -> set[str]:
+    """Modules of this package that a pickle imports from."""
+    strings = {argument for _, argument, _ in pickletools.genops(pickled) if isinstance(argument, str)}
+    words = {word for string in strings for word in string.split()}
+    return {word for word in words if re.fullmatch(r"toll_plugin(\.\w+)*", word)}
+
+
+def fitted():
+    from toll_plugin.core import ConvAutoencoder, TargetedCollapse, TollLoss, fit
+    from toll_plugin.pyod import CollapsedAutoEncoder, TollDetector
+
+    x = np.random.default_rng(0).normal(size=(40, 4))
+    network, images = ConvAutoencoder(8), torch.rand(8, 1, 8, 8)
+    detector = TollDetector(max_steps=2, n_members=2, hidden_sizes=(4,), latent_dim=2)
+    return {
+        "TollDetector": detector.fit(x),
+        "Explanation": detector.explain(x),
+        "CollapsedAutoEncoder": CollapsedAutoEncoder(epoch_num=1, verbose=0, batch_size=8).fit(x),
+        "TollLoss": TollLoss(),
+        "History": fit(network, images, TollLoss(), max_epochs=1),
+        "ConvAutoencoder": network,
+        "TargetedCollapse": TargetedCollapse("0"),
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_pickles_name_public_modules_only(protocol):
+    public = {"toll_plugin.core", "toll_plugin.anomalib", "toll_plugin.pyod"}
+    deep = {name: modules_named_in(pickle.dumps(made, protocol)) - public for name, made in fitted().items()}
+    assert {name: modules for name, modules in deep.items() if modules} == {}

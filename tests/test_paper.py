@@ -11,11 +11,15 @@ import torch
 from image_files import write_arrhythmia, write_cifar, write_mnist
 from torch import nn
 
-from benchmarks.run.runs import Progress, Runs, run_missing
-from benchmarks.studies import protocol
-from benchmarks.studies.paper import _same, load, make_table, paper, parse_classes
+from benchmarks.run.jobs import as_they_finish, run_missing
+from benchmarks.run.metrics import f1_at_known_rate, splice
+from benchmarks.run.store import Runs
+from benchmarks.studies import parts as studied
+from benchmarks.studies import protocol, training
+from benchmarks.studies.paper import _same, load, paper, parse_classes
+from benchmarks.studies.paper_table import make_table
 from benchmarks.studies.stopping import RULES, judge, stopping
-from toll_plugin.core import DenseAutoencoder
+from toll_plugin.core import DenseAutoencoder, Paper32Autoencoder
 
 DENSE = replace(protocol.SETTINGS["arrhythmia"], iterations=6, validate_every=2, batch_size=8)
 
@@ -29,7 +33,7 @@ def _parts(seed=0, n=30):
     data = {"train_normal": rows(n, 0)}
     for part in ("validation", "test"):
         data |= {f"{part}_normal": rows(12, 0), f"{part}_anomalous": rows(5, 0.4)}
-    return protocol.table_parts(data, DENSE)
+    return studied.table_parts(data)
 
 
 @pytest.mark.parametrize(("seed", "normal_class"), [(0, 0), (3, 2)])
@@ -40,7 +44,7 @@ def test_initial_weights_are_those_of_the_authors_loop(seed, normal_class):
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(seed)
     for _ in range(normal_class + 1):
-        expected = protocol.Paper32Autoencoder(64)
+        expected = Paper32Autoencoder(64)
     for mine, theirs in zip(network.parameters(), expected.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -57,7 +61,7 @@ def test_batches_are_those_of_numpys_global_generator():
 
 def test_the_last_step_is_that_of_a_plain_loop_and_its_metrics_are_those_of_the_formula():
     parts = _parts()
-    result, weights = protocol.train(parts, DENSE, 1, 0, device="cpu")
+    result, weights = training.train(parts, DENSE, 1, 0, device="cpu")
     network = protocol.initial_network(DENSE, 1, 0)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     losses = []
@@ -104,7 +108,7 @@ def test_loss_and_scores_of_images_by_loops(name, tmp_path, monkeypatch):
     held_out = np.array([0, 4, 14, 9])
     data = {key: value[:, None] if value.ndim == 3 else value for key, value in written.items()}
     data |= {"held_out": held_out, "val_indices": held_out}
-    parts = protocol.image_parts(data, settings, 4)
+    parts = studied.image_parts(data, settings, 4)
     assert parts.sizes == [7, 8, 8, 8, 6]
     assert len(parts.train) == 6
     assert parts.validation_anomalous.tolist() == [True, False, False, True]
@@ -120,7 +124,7 @@ def test_loss_and_scores_of_images_by_loops(name, tmp_path, monkeypatch):
             + settings.beta * np.sqrt(sum(v**2 for v in c.tolist()))
             for a, b, c in zip(batch, x_hat, z, strict=True)
         ]
-    result, weights = protocol.train(double, settings, 0, 4, network=protocol.initial_network(settings, 0, 4).double())
+    result, weights = training.train(double, settings, 0, 4, network=protocol.initial_network(settings, 0, 4).double())
     assert result["trace"][0]["batch_loss"] == pytest.approx(np.mean(terms), rel=1e-6)
     network.load_state_dict(weights[1])
     normal = torch.from_numpy(scaled[[4, 14]])
@@ -133,7 +137,7 @@ def test_loss_and_scores_of_images_by_loops(name, tmp_path, monkeypatch):
 def test_each_protocol_keeps_the_step_it_chooses():
     parts = _parts()
     settings = replace(DENSE, iterations=40)
-    result, weights = protocol.train(parts, settings, 0, 0, device="cpu")
+    result, weights = training.train(parts, settings, 0, 0, device="cpu")
     trace = result["trace"]
     best = max(step["validation"] for step in trace)
     first = next(step["step"] for step in trace if step["validation"] == best)
@@ -147,7 +151,7 @@ def test_each_protocol_keeps_the_step_it_chooses():
     # Tables are tested at every validation: what was kept scores as it did then.
     for chosen in result["protocols"].values():
         assert chosen["total"] == next(step["test"] for step in trace if step["step"] == chosen["step"])
-    again = protocol.score(parts, settings, weights, "cpu")
+    again = training.score(parts, settings, weights, "cpu")
     assert again == {c["step"]: {k: c[k] for k in again[c["step"]]} for c in result["protocols"].values()}
 
 
@@ -156,20 +160,20 @@ def test_a_part_without_both_kinds_is_refused(part):
     parts = _parts()
     setattr(parts, f"{part}_anomalous", np.zeros(17, dtype=bool))
     with pytest.raises(ValueError, match=f"the {part} part must hold an anomaly and two normal samples, got 0 and 17"):
-        protocol.train(parts, DENSE, 0, 0, device="cpu")
+        training.train(parts, DENSE, 0, 0, device="cpu")
 
 
 def test_a_training_that_diverges_says_so():
     with pytest.raises(FloatingPointError, match="not finite: training has diverged"):
-        protocol.train(_parts(), replace(DENSE, lr=1e30), 0, 0, device="cpu")
+        training.train(_parts(), replace(DENSE, lr=1e30), 0, 0, device="cpu")
     with pytest.raises(ValueError, match="batch_size must be at most the 30 training samples, got 31"):
-        protocol.train(_parts(), replace(DENSE, batch_size=31), 0, 0, device="cpu")
+        training.train(_parts(), replace(DENSE, batch_size=31), 0, 0, device="cpu")
 
 
 def test_bfloat16_is_near():
     parts, settings = _parts(), replace(DENSE, iterations=2)
-    single, _ = protocol.train(parts, settings, 0, 0, device="cpu")
-    half, _ = protocol.train(parts, replace(settings, bf16=True), 0, 0, device="cpu")
+    single, _ = training.train(parts, settings, 0, 0, device="cpu")
+    half, _ = training.train(parts, replace(settings, bf16=True), 0, 0, device="cpu")
     assert half["trace"][0]["total"] != single["trace"][0]["total"]
     assert half["trace"][0]["total"] == pytest.approx(single["trace"][0]["total"], rel=0.02)
 
@@ -177,7 +181,7 @@ def test_bfloat16_is_near():
 def test_ties_count_against_the_method():
     def f1(normal, anomalous):
         scores = np.concatenate([normal, anomalous]).astype(float)
-        return protocol.f1_at_known_rate(np.arange(len(scores)) >= len(normal), scores)
+        return f1_at_known_rate(np.arange(len(scores)) >= len(normal), scores)
 
     # Two anomalies, so two rows are flagged: 5 and one of the 3s, which is taken to be the normal one.
     assert f1([3, 1], [5, 3]) == 0.5
@@ -235,30 +239,54 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     assert [runs.find(f"run{x}", {"x": x}) is not None for x in (2, 3, 4)] == [True, True, False]
     assert int(runs.weights("run3", {"x": 3})["x"]) == 3
     ran = []
-    monkeypatch.setattr("benchmarks.run.runs._attempt", lambda f, a: (ran.append(a), f(*a))[1])
+    monkeypatch.setattr("benchmarks.run.jobs._attempt", lambda f, a: (ran.append(a), f(*a))[1])
     assert [record["square"] for record in command([2, 3, 4])] == [4, 9, 16]
     assert ran == [(4,)]
     # The label alone does not make it the same run.
     assert runs.find("run2", {"x": 2, "beta": 1}) is None
 
 
-def test_the_bar_knows_how_far_unfinished_runs_are(tmp_path):
-    told = Progress(tmp_path / "run.progress", 8)
-    told()
-    assert Progress.read(tmp_path / "run.progress") == 0  # not every step is told
-    told._told -= 1
-    told()
-    told()
-    assert Progress.read(tmp_path / "run.progress") == 0.25
-    Progress(tmp_path / "nowhere/run.progress", 1)()
-    (tmp_path / "run.progress").write_text("")
-    assert Progress.read(tmp_path / "run.progress") == 0
-    # What a killed command left is cleared, and so is that of runs that finish.
-    runs = Runs(tmp_path)
-    stale = runs.path("run2", {"x": 2}).with_suffix(Progress.suffix)
-    stale.write_text("0.9")
-    run_missing(runs, _square, [("run2", {"x": 2}, (2,))], 1, "test")
-    assert not stale.exists()
+def test_the_bar_says_how_many_runs_are_under_way(capsys):
+    for _ in as_they_finish(_square, [(1,), (2,), (3,)], 1, "squares"):
+        pass
+    shown = capsys.readouterr().err
+    assert "squares:   0%" in shown
+    assert "1 under way" in shown
+    assert "3/3" in shown
+    assert shown.rstrip().endswith("0 under way]")
+
+
+def test_names_of_kept_runs_have_not_changed(tmp_path, monkeypatch):
+    """Runs that users keep must be found again."""
+    names = []
+
+    def only_names(runs, _function, calls, _jobs, _what):
+        names.extend(runs.path(label, configuration).name for label, configuration, _ in calls)
+        raise KeyboardInterrupt
+
+    for study in ("paper", "stopping"):
+        monkeypatch.setattr(f"benchmarks.studies.{study}.run_missing", only_names)
+    monkeypatch.setattr("benchmarks.studies.paper.load", lambda *_: ({}, "0" * 16))
+    with pytest.raises(KeyboardInterrupt):
+        paper("arrhythmia", root=tmp_path, seeds=1, runs=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stopping(classes=(1,), seeds=1, iterations=30, runs=tmp_path)
+    assert names == [
+        "class0_seed0_7bbc6429a8.json",
+        "digits_beta_0_01_1_35f4c092eb.json",
+        "digits_beta_10_1_a1d2efec5e.json",
+    ]
+
+
+def _cells(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_arrhythmia_that_is_missing_is_named_with_its_address(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"arrhythmia\.mat .*https://odds\.cs\.stonybrook\.edu/arrhythmia-dataset/"
+    ):
+        paper("arrhythmia", root=tmp_path, runs=tmp_path)
 
 
 def test_failed_runs_are_recorded_and_tried_again(tmp_path):
@@ -291,7 +319,7 @@ def test_the_command_on_arrhythmia_and_its_evaluation(arrhythmia, tmp_path, monk
     first = json.loads((tmp_path / "out.json").read_text())
     assert {"commit", "dirty", "packages", "iterations", "split"} <= set(first)
     assert [(run["class"], run["seed"]) for run in first["runs"]] == [(0, 0), (0, 1)]
-    assert "| TollDetector, defaults | 50.0 ± 0.0 | 50.0 | 50.0 | 2 |" in first["table"]
+    assert ["TollDetector, defaults", "50.0 ± 0.0", "50.0", "50.0", "2"] in map(_cells, first["table"].splitlines())
     assert (tmp_path / "runs/arrhythmia/paper.png").stat().st_size > 10_000
     assert len(list((tmp_path / "runs/arrhythmia").glob("*.pt"))) == 2
     capsys.readouterr()
@@ -326,8 +354,7 @@ def test_the_command_on_images(tmp_path, monkeypatch):
     assert record["split"] == "drawn"
     assert [step["step"] for step in record["runs"][0]["trace"]] == [1, 2]
     lines = record["table"].splitlines()
-    assert lines[2] == "| 0 |  |  |  |  |  |"  # not run
-    assert lines[4].startswith("| 2 | ")
+    assert [_cells(line)[0] for line in lines[2:4]] == ["2", "mean over the classes that were run (1)"]
     assert "A reduced budget" in record["table"]
     assert "MemAE 97.5" in record["table"]
     with pytest.raises(SystemExit, match="1"):  # a class that is too small is left out, and said to be
@@ -361,30 +388,32 @@ def test_table_by_hand():
     def run(c, seed, *values):
         chosen = {name: {"step": 20, "total": v} for name, v in zip(protocol.PROTOCOLS, values, strict=True)}
         return {
-            "configuration": {"class": c, "seed": seed},
+            "class": c,
+            "seed": seed,
             "protocols": chosen,
             "seconds": {"training": 3.0},
             "device": "cpu",
             "threads": 1,
         }
 
-    records = [
+    runs = [
         run(0, 0, 0.9, 0.8, 0.3, 0.7),
         run(0, 1, 0.8, 0.8, 0.3, 0.9),
         run(2, 0, 0.5, 0.6, 0.2, 0.7),
-        {"error": "x"},
+        {"class": 1, "seed": 0, "error": "x"},
     ]
     record = {"dataset": "mnist", **asdict(protocol.SETTINGS["mnist"]), "validation_size": 10_000, "split": "authors"}
-    lines = make_table(record, records).splitlines()
-    assert lines[2] == "| 0 | 85.0 ± 5.0 | 80.0 ± 0.0 | 30.0 ± 0.0 | 80.0 ± 10.0 | 2 |"
-    assert lines[3] == "| 1 |  |  |  |  |  |"
-    assert lines[4] == "| 2 | 50.0 | 60.0 | 20.0 | 70.0 | 1 |"
-    assert lines[12] == "| mean over the classes that were run (2) | 67.5 | 70.0 | 25.0 | 75.0 | |"
-    assert lines[14].startswith("The authors' full budget: 2000 iterations of 1000, beta 1000")
+    lines = make_table(record, runs).splitlines()
+    assert [_cells(line) for line in lines[2:5]] == [
+        ["0", "85.0 ± 5.0", "80.0 ± 0.0", "30.0 ± 0.0", "80.0 ± 10.0", "2"],
+        ["2", "50.0", "60.0", "20.0", "70.0", "1"],
+        ["mean over the classes that were run (2)", "67.5", "70.0", "25.0", "75.0", ""],
+    ]
+    assert lines[5] == ""
+    assert lines[6].startswith("The authors' full budget: 2000 iterations of 1000, beta 1000")
     reduced = make_table(record | {"validation_size": 2000}, []).splitlines()
-    assert reduced[2] == lines[3].replace("1", "0")
-    assert reduced[13].startswith("A reduced budget, not the authors': 2000 iterations")
-    assert reduced[13].endswith("on 2000 of the authors' 10 000, single precision.")  # and no times of no runs
+    assert reduced[0].startswith("A reduced budget, not the authors': 2000 iterations")
+    assert reduced[0].endswith("on 2000 of the authors' 10 000, single precision.")  # and no times of no runs
 
 
 @pytest.mark.usefixtures("arrhythmia")
@@ -402,6 +431,7 @@ def test_dask_workers_give_what_this_process_gives(arrhythmia, tmp_path, monkeyp
     from dask.distributed import LocalCluster
 
     monkeypatch.setattr("benchmarks.studies.paper.find_spec", lambda _: None)
+    monkeypatch.setattr("benchmarks.studies.training.threads_each", lambda _: 1)  # as on a worker: sums depend on it
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         paper(**arrhythmia, jobs=-1, scheduler=cluster.scheduler_address)
     theirs = json.loads((tmp_path / "out.json").read_text())["runs"]
@@ -428,13 +458,13 @@ def test_rules_choose_by_hand():
 def test_spliced_samples_are_made_of_two():
     rng = np.random.default_rng(0)
     images = torch.arange(6.0)[:, None, None, None].expand(-1, 1, 8, 8)
-    for i, image in enumerate(protocol.splice(images, rng)):
+    for i, image in enumerate(splice(images, rng)):
         values = image.unique().tolist()
         assert i in values
         assert len(values) <= 2
         assert (image == i).float().mean() >= 0.75
     rows = torch.arange(4.0)[:, None].expand(-1, 9)
-    for i, row in enumerate(protocol.splice(rows, rng)):
+    for i, row in enumerate(splice(rows, rng)):
         assert (row == i).sum() in (6, 9)
 
 

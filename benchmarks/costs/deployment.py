@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.costs.speed import median_seconds
 from benchmarks.quiet import apart
-from benchmarks.run.evaluate import peak_memory
-from benchmarks.run.records import RESULTS, finish, provenance
+from benchmarks.run.measure import in_new_process, median_seconds, peak_memory
+from benchmarks.run.store import RESULTS, finish, provenance
+from benchmarks.run.tables import markdown
 
 #: As PatchToll is by default; PatchCore's default layers are the last two.
 LAYERS = {"PatchToll": ("layer1", "layer2", "layer3"), "PatchCore": ("layer2", "layer3")}
@@ -73,11 +72,10 @@ def deployment(
     for i, (name, kind, _) in enumerate(cases):
         alone, whole = list(LAYERS).index(kind), len(LAYERS) + i
         rows.append({"model": name} | {key: (v[whole], v[whole] - v[alone]) for key, v in measured.items()})
-    lines = ["| model | " + " | ".join(measured) + " |", "|---" * (1 + len(measured)) + "|"]
-    for row in rows:
-        cells = [f"{row[key][0]:.1f} ({row[key][1]:.1f})" for key in measured]
-        lines.append("| " + " | ".join([row["model"], *cells]) + " |")
-    finish(output, {**record, "rows": rows, "table": "\n".join(lines)})
+    table = markdown(
+        [{"model": row["model"]} | {key: "{:.1f} ({:.1f})".format(*row[key]) for key in measured} for row in rows]
+    )
+    finish(output, {**record, "rows": rows, "table": table})
 
 
 def _features(backbone: str, layers: Sequence[str]) -> torch.nn.Module:
@@ -125,10 +123,8 @@ def _compiled(path: Path, image: torch.Tensor) -> Callable[[], Any]:
 
 def _peak(name: str, backbone: str, image_size: int, bank: int | None) -> float:
     """MB that a new process takes, beyond its imports, to build a model and to score ten images one by one."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.costs.deployment", name, backbone, str(image_size)]
-    command += [] if bank is None else [str(bank)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  this module
-    return float(done.stdout.split()[-1])
+    given = (name, backbone, image_size) if bank is None else (name, backbone, image_size, bank)
+    return in_new_process("benchmarks.costs.deployment", *given)
 
 
 def _scoring(name: str, backbone: str, image_size: int, bank: int | None) -> None:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.run.records import RESULTS, finish, provenance
+from benchmarks.run.store import RESULTS, finish, provenance
+from benchmarks.run.tables import markdown
 
 # torch's scan for entry points runs with or without plugins, so it is not counted.
 _TORCH = """
@@ -47,8 +48,9 @@ def imports(repeats: int = 9, output: Path = RESULTS / "imports.json") -> None:
         output: Where the record goes.
     """
     record = {"command": "imports", **provenance(), "repeats": repeats}
-    lines = ["| added to | median, ms | smallest | largest |", "|---|---|---|---|"]
+    rows = []
     for name, code in (("import torch", _TORCH), ("import anomalib.models", _ANOMALIB)):
         times = _milliseconds(code, repeats)
-        lines.append(f"| `{name}` | {statistics.median(times):.2f} | {min(times):.2f} | {max(times):.2f} |")
-    finish(output, {**record, "table": "\n".join(lines)})
+        shown = {"median, ms": statistics.median(times), "smallest": min(times), "largest": max(times)}
+        rows.append({"added to": f"`{name}`", **{key: f"{value:.2f}" for key, value in shown.items()}})
+    finish(output, {**record, "table": markdown(rows)})

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quiet import quiet_engine
-from benchmarks.run.records import RESULTS, finish, provenance
+from benchmarks.quiet import apart, quiet_engine
+from benchmarks.run.store import RESULTS, finish, provenance
+from benchmarks.run.tables import markdown
 
 
 def _engine(image_size: int, max_epochs: int) -> float:
@@ -94,26 +94,28 @@ def overhead(
         sizes: Image sizes, to which the 8x8 images are enlarged.
         output: Where the record goes.
     """
-    import logging
-
     import torch
 
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     record = {"command": "overhead", **provenance(), "max_epochs": max_epochs, "repeats": repeats}
-    lines = [
-        "| image size | Engine, ms | bare loop, ms | Engine / bare | data path alone, ms |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for image_size in sizes:
-        _engine(image_size, 2)  # imports and first-call costs
-        _bare(image_size, 2)
-        measured = {"engine": [], "bare": [], "loading": []}
-        for _ in range(repeats):
-            measured["engine"].append(_engine(image_size, max_epochs))
-            measured["bare"].append(_bare(image_size, max_epochs))
-            measured["loading"].append(_loading(image_size, max_epochs))
-        engine, bare, loading = (1000 * statistics.median(measured[name]) for name in ("engine", "bare", "loading"))
-        lines.append(f"| {image_size} | {engine:.1f} | {bare:.1f} | {engine / bare:.2f} | {loading:.1f} |")
-    finish(output, {**record, "table": "\n".join(lines)})
+        with apart():
+            _engine(image_size, 2)  # imports and first-call costs
+            _bare(image_size, 2)
+            measured: dict[str, list[float]] = {"engine": [], "bare": [], "loading": []}
+            for _ in range(repeats):
+                measured["engine"].append(_engine(image_size, max_epochs))
+                measured["bare"].append(_bare(image_size, max_epochs))
+                measured["loading"].append(_loading(image_size, max_epochs))
+        engine, bare, loading = (1000 * statistics.median(values) for values in measured.values())
+        rows.append(
+            {
+                "image size": str(image_size),
+                "Engine, ms": f"{engine:.1f}",
+                "bare loop, ms": f"{bare:.1f}",
+                "Engine / bare": f"{engine / bare:.2f}",
+                "data path alone, ms": f"{loading:.1f}",
+            }
+        )
+    finish(output, {**record, "table": markdown(rows)})

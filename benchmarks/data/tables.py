@@ -19,7 +19,7 @@ CHECK = ("vertebral", "lympho", "ionosphere", "cardio", "shuttle", "pendigits", 
 #: Those that defaults may be chosen by.
 SEARCH = ("glass", "letter", "optdigits", "pima", "satellite", "satimage-2", "vowels", "wbc")
 
-
+#: Folders of tables, and where they come from.
 COLLECTIONS = {
     "ODDS": "https://odds.cs.stonybrook.edu",
     "ADBench": "https://github.com/Minqi824/ADBench",
@@ -41,13 +41,18 @@ def at_most(x: np.ndarray, y: np.ndarray, max_rows: int) -> Table:
     return x[chosen], y[chosen]
 
 
-def find_table(name: str, roots: Sequence[Path]) -> Path:
-    """``NAME.mat`` (ODDS) or ``NAME.npz`` (ADBench) in the first of ``roots`` that has it."""
+def find_table(name: str, roots: Sequence[Path], address: str = COLLECTIONS["ODDS"]) -> Path:
+    """``NAME.mat`` (ODDS) or ``NAME.npz`` (ADBench) in the first of ``roots`` that has it.
+
+    Raises:
+        FileNotFoundError: If none has it; the error names the ``address`` to download it from.
+    """
     for root in roots:
         for path in (root / f"{name}.mat", root / f"{name}.npz"):
             if path.is_file():
                 return path
-    msg = f"no {name}.mat or {name}.npz in {', '.join(map(str, roots))}: see {COLLECTIONS['ODDS']}"
+    where = ", ".join(map(str, roots))
+    msg = f"no {name}.mat or {name}.npz in {where}: download it from {address}, or name the folder that has it"
     raise FileNotFoundError(msg)
 
 
@@ -59,9 +64,9 @@ def read_table(path: Path) -> Table:
     return np.asarray(table["X"], dtype=float), np.asarray(table["y"]).ravel().astype(int)
 
 
-def load(name: str, roots: Sequence[Path], max_rows: int = 10_000) -> Table:
-    """A table of ODDS or ADBench by name."""
-    return at_most(*read_table(find_table(name, roots)), max_rows)
+def load(name: str, roots: Sequence[Path], max_rows: int = 10_000, address: str = COLLECTIONS["ODDS"]) -> Table:
+    """A table of ODDS or ADBench by name, see :func:`find_table`."""
+    return at_most(*read_table(find_table(name, roots, address)), max_rows)
 
 
 def file_of(arguments: Mapping[str, Any]) -> Path:

@@ -44,7 +44,7 @@ class EngineDetector(Detector):
             raise ValueError(msg)
         self._name, self._spec, self._budget, self._seed = name, MODELS[name], budget, seed
         self._kind, self._arguments = _kind(self._spec.kind), arguments
-        known = {"image_size", *inspect.signature(self._kind).parameters}
+        known = {"image_size", *_parameters(self._kind)}
         if unknown := set(arguments) - known:
             msg = f"arguments of {name} must be among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}"
             raise TypeError(msg)
@@ -57,7 +57,7 @@ class EngineDetector(Detector):
             raise FileNotFoundError(msg)
         self._size: tuple[int, int] = (0, 0)
         self._epochs = 0
-        self._model: Any = None
+        self.model: Any = None
 
     @property
     def _local(self) -> bool:
@@ -74,7 +74,7 @@ class EngineDetector(Detector):
         epochs = self._budget.max_epochs or max(self._spec.epochs, math.ceil(self._spec.steps / batches))
         with TemporaryDirectory() as folder, apart():
             seed_everything(self._seed, verbose=False)
-            self._model = self._build(split.train)
+            self.model = self._build(split.train, folder)
             engine = quiet_engine(
                 folder,
                 epochs,
@@ -83,11 +83,11 @@ class EngineDetector(Detector):
                 # Only Toll stops by it; EfficientAd needs it once, for quantiles.
                 check_val_every_n_epoch=1 if self._name == "Toll" else epochs,
             )
-            engine.fit(self._model, datamodule=_data_module(split, self._spec.batch_size))
+            engine.fit(self.model, datamodule=_data_module(split, self._spec.batch_size))
         self._epochs = engine.trainer.current_epoch
-        self._model.eval()
+        self.model.eval()
 
-    def _build(self, images: Tensor) -> Any:
+    def _build(self, images: Tensor, folder: str) -> Any:
         from toll_plugin.core.checks import check_image_size
 
         count, channels, height, width = images.shape
@@ -95,7 +95,9 @@ class EngineDetector(Detector):
         size = arguments.pop("image_size", None)
         self._size = self._spec.size(height, width) if size is None else check_image_size("image_size", size)
         weights = self._budget.weights if self._local else None
-        task = Task(self._size, count, channels, self._backbone or "", weights, self._budget.pretrained, self._seed)
+        task = Task(
+            self._size, count, channels, self._backbone or "", weights, self._budget.pretrained, self._seed, folder
+        )
         with self._weights():
             arguments = {**self._spec.arguments(task), **arguments}
             if "image_size" not in arguments:
@@ -138,7 +140,7 @@ class EngineDetector(Detector):
             for start in range(0, len(samples), self._spec.batch_size):
                 images = data.__getitems__(range(start, min(start + self._spec.batch_size, len(samples)))).image
                 # Not the pre-processor itself, which is for exported models and resizes without antialiasing.
-                said = self._spec.predict(self._model, self._model.pre_processor.transform(images))
+                said = self._spec.predict(self.model, self.model.pre_processor.transform(images))
                 found.append({key: value.as_subclass(Tensor) for key, value in said.items() if value is not None})
         joined = {key: torch.cat([batch[key] for batch in found]) for key in found[0]}
         maps = joined.pop("maps", None)
@@ -147,7 +149,7 @@ class EngineDetector(Detector):
 
     def size(self) -> int:
         """Of parameters and buffers, without GANomaly's discriminator, which does not score."""
-        state = self._model.model.state_dict().items()
+        state = self.model.model.state_dict().items()
         return sum(value.nbytes for name, value in state if not name.startswith("discriminator."))
 
     def facts(self) -> dict[str, Any]:
@@ -158,7 +160,7 @@ class EngineDetector(Detector):
             weights = f"imagenet, {'local file' if self._local else hub}" if self._budget.pretrained else "random"
         return {
             "epochs": self._epochs,
-            "parameters": sum(p.numel() for p in self._model.model.parameters()),
+            "parameters": sum(p.numel() for p in self.model.model.parameters()),
             "image_size": list(self._size),
             "backbone": self._backbone,
             "pretrained": "imagenet, anomalib" if self._name == "EfficientAd" else weights,
@@ -170,9 +172,22 @@ def _kind(name: str) -> Any:
         warnings.simplefilter("ignore")
         import anomalib.models
 
-        import toll_plugin.anomalib  # noqa: F401  makes Toll an attribute of the above
+        import toll_plugin.anomalib as adapter
 
-    return getattr(anomalib.models, name)
+    return getattr(adapter, name, None) or getattr(anomalib.models, name)
+
+
+def _parameters(kind: type) -> set[str]:
+    """Names of a constructor's arguments; of a mixin, which hands on what it does not know, also its host's."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        found |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 def _dataset(images: Tensor) -> Any:

@@ -24,6 +24,7 @@ class Task(NamedTuple):
         weights: File of the backbone's weights, ``None`` for timm's or random ones.
         pretrained: Whether the backbone has any.
         seed: Of the run.
+        folder: Empty, and there until training ends.
     """
 
     size: tuple[int, int]
@@ -33,6 +34,7 @@ class Task(NamedTuple):
     weights: Path | None
     pretrained: bool
     seed: int
+    folder: str
 
 
 class Model(NamedTuple):
@@ -133,6 +135,33 @@ def _predict_dfkde(model: Any, images: Tensor) -> dict[str, Tensor | None]:
     return {"scores": -torch.logsumexp(-apart.square() / 2, dim=1)}
 
 
+def _predict_collapsed(model: Any, images: Tensor) -> dict[str, Tensor | None]:
+    """The score with its term, the host's own, and the norms of the latent, which are what differs."""
+    from anomalib.data import ImageBatch
+
+    own, scores = model.model(images), model.predict_step(ImageBatch(image=images), 0).pred_score
+    host, weight = own.pred_score.reshape(scores.shape), model.collapse.score_weight
+    norms = {"latent": (scores.double() - host.double()) / weight} if weight > 0 else {}
+    return {"scores": scores, "maps": own.anomaly_map, "host": host, **norms}
+
+
+def _collapsed_draem(task: Task) -> dict[str, Any]:
+    """Random textures where DRAEM's own, 640 MB, would have to be downloaded."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for i in range(8):
+        noise = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC).save(Path(task.folder) / f"{i}.png")
+    return {"dtd_dir": task.folder}
+
+
+def _collapsed_glass(task: Task) -> dict[str, Any]:
+    """384 is the channels of a ResNet-18's second and third layer."""
+    return {**_backbone(task), "input_shape": task.size, "pretrain_embed_dim": 384, "target_embed_dim": 384, "step": 3}
+
+
 #: By the names of the field. All backbones are used up to their third layer, also by DFKDE, whose
 #: default is the fourth. Steps are what one core does in about two minutes on a few hundred images of
 #: 128x128 pixels, far fewer than the papers'; ``max_epochs`` of a budget grants more.
@@ -153,4 +182,32 @@ MODELS: dict[str, Model] = {
     "GANomaly": Model("Ganomaly", lambda _: {"n_features": 32}, _predict, False, lambda *_: (32, 32), steps=300),
     # Downloads its teacher, and ImageNette unless `imagenet_dir` has it. A step, of one image, takes seconds.
     "EfficientAd": Model("EfficientAd", lambda _: {}, _predict, False, lambda *_: (256, 256), steps=500, batch_size=1),
+    # Those with targeted collapse; a collapse_weight of 0 makes each its bare host.
+    "CollapsedGanomaly": Model(
+        "CollapsedGanomaly",
+        lambda _: {"n_features": 32, "latent_vec_size": 64, "batch_size": 16},
+        _predict_collapsed,
+        False,
+        lambda *_: (32, 32),
+        steps=300,
+        batch_size=16,
+    ),
+    "CollapsedReverseDistillation": Model(
+        "CollapsedReverseDistillation", _backbone, _predict_collapsed, steps=100, batch_size=16
+    ),
+    "CollapsedFre": Model(
+        "CollapsedFre", lambda task: {**_fre(task), "latent_dim": 64}, _predict_collapsed, steps=200, batch_size=16
+    ),
+    "CollapsedSupersimplenet": Model(
+        "CollapsedSupersimplenet",
+        lambda task: {**_backbone(task), "layers": ["layer2", "layer3"]},
+        _predict_collapsed,
+        size=lambda height, width: _square(max(96, height, width)),  # its noise fails on smaller maps
+        steps=20,
+        batch_size=16,
+    ),
+    "CollapsedGlass": Model("CollapsedGlass", _collapsed_glass, _predict_collapsed, steps=20, batch_size=16),
+    "CollapsedDraem": Model(
+        "CollapsedDraem", _collapsed_draem, _predict_collapsed, False, lambda *_: (32, 32), steps=30, batch_size=8
+    ),
 }

@@ -124,9 +124,9 @@ def ranking(runs: Sequence[Run], metric: str = "auroc") -> list[str]:
 
 
 def first_toll(runs: Sequence[Run]) -> str | None:
-    """Label of the first method named Toll*."""
+    """Label of the first of this package's methods, whose names have Toll in them."""
     configurations = (run["configuration"] for run in runs)
-    return next((str(c["label"]) for c in configurations if str(c["method"]).startswith("Toll")), None)
+    return next((str(c["label"]) for c in configurations if "Toll" in str(c["method"])), None)
 
 
 def differences(runs: Sequence[Run], reference: str, metric: str = "auroc") -> list[Difference]:
@@ -179,7 +179,7 @@ def terms(runs: Sequence[Run]) -> DataFrame:
     rows = [
         {"label": run["configuration"]["label"], "score": run["metrics"]["auroc"], **run["term_auroc"]}
         for run in runs
-        if len(run.get("term_auroc", {})) > 1 and str(run["configuration"]["method"]).startswith("Toll")
+        if len(run.get("term_auroc", {})) > 1 and "Toll" in str(run["configuration"]["method"])
     ]
     return DataFrame(rows).groupby("label", sort=False).mean() if rows else DataFrame()
 

@@ -1,41 +1,158 @@
-"""Write the benchmarks' tables into the README, from the records in benchmarks/results."""
+"""Write the pages of results, the README's main table and its picture, from the records in benchmarks/results."""
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
+from benchmarks.report import comparison
+from benchmarks.report.comparison import Run
 from benchmarks.report.report import markdown_table
-from benchmarks.run.collected import read
-from benchmarks.run.records import RESULTS
+from benchmarks.run.store import RESULTS, read, whole
+from benchmarks.run.tables import markdown
 
 README = Path(__file__).parents[2] / "README.md"
+PAGES = Path(__file__).parent / "pages"
 
-
-def fill(text: str) -> str:
-    """``text`` with the table of each record behind its mark ``<!-- table: NAME -->``."""
-    without = set(re.findall(r"<!-- table: (\w+) -->", text)) - {path.stem for path in RESULTS.glob("*.json")}
-    if without:
-        msg = f"README.md has marks without a record in {RESULTS}: {', '.join(sorted(without))}"
-        raise ValueError(msg)
-    for path in sorted(RESULTS.glob("*.json")):
-        mark, table = f"<!-- table: {path.stem} -->", table_of(path)
-        if mark not in text:
-            msg = f"README.md has no mark {mark}"
-            raise ValueError(msg)
-        before, after = text.split(mark, 1)
-        after = re.sub(r"\A\n(?:(?!<!-- table).)*?<!-- end -->", "", after, count=1, flags=re.DOTALL)
-        text = f"{before}{mark}\n{table}\n<!-- end -->{after}"
-    return text
-
-
-def table_of(path: Path) -> str:
-    """The table of a record; of an experiment as it is made now, not when it was run."""
-    record = json.loads(path.read_text())
-    return markdown_table(read(path).runs) if record.get("command") == "run" else str(record["table"])
+_MAIN = "<!-- table: main -->"
+_NOTE = "<!-- `python -m benchmarks readme` writes this page; its text is in benchmarks/report/pages. -->"
 
 
 def readme() -> None:
-    """Bring the README's tables up to date with the records."""
-    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write benchmarks/results/*.md, the README's main table and its picture from the records."""
+    from benchmarks.report.overview import overview
+
+    for template in sorted(PAGES.glob("*.md")):
+        _write(RESULTS / template.name, page(template))
+    overview(RESULTS / "overview.png")
+    _write(README, fill(README.read_text(encoding="utf-8")))
+
+
+def _write(path: Path, text: str) -> None:
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def page(template: Path) -> str:
+    """The text of a page with the tables of records in place of its marks ``<!-- table: NAME -->``."""
+    text = template.read_text(encoding="utf-8")
+    return f"{_NOTE}\n\n" + re.sub(r"<!-- table: ([\w/]+) -->", lambda mark: table_of(mark[1]), text)
+
+
+def table_of(name: str) -> str:
+    """The table of a record, and when, where and by which commit it was measured.
+
+    Tables of experiments and of the paper are made from their runs, as they are made now; the other
+    records have no more than the table.
+    """
+    path = RESULTS / f"{name}.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["command"] == "run":
+        table = markdown_table(read(path).runs)
+    elif record["command"] == "paper":
+        from benchmarks.studies.paper_table import make_table
+
+        table = make_table(record, record["runs"])
+    else:
+        table = record["table"]
+    made = f"{record['date'][:10]}, commit {record['commit'][:10]}, {record['machine']}, {record['cores']} cores"
+    return f"{table}\n\nRecord: [{path.name}]({name}.json) ({made})."
+
+
+def fill(text: str) -> str:
+    """``text`` with the main table behind its mark ``<!-- table: main -->``, up to ``<!-- end -->``.
+
+    Raises:
+        ValueError: If the mark is not there once, or has no end.
+    """
+    before, *rest = text.split(_MAIN)
+    if len(rest) != 1 or "<!-- end -->" not in rest[0]:
+        msg = f"README.md must have one mark {_MAIN}, and <!-- end --> behind it"
+        raise ValueError(msg)
+    return f"{before}{_MAIN}\n{main_table()}\n<!-- end -->{rest[0].partition('<!-- end -->')[2]}"
+
+
+def main_table() -> str:
+    """What the README shows of all records: Toll, its twin with beta 0, the best other method, and a verdict."""
+    images, tables = _groups("images"), _groups("tables")
+    rows = [
+        ("digits, each class normal once: AUROC", *_beside(*_groups("digits").values()), "no difference between them"),
+        (
+            "MNIST's 8, 1000 training images: AUROC",
+            *_beside(images["mnist, semi-supervised"]),
+            "pretrained features are ahead",
+        ),
+        (
+            "Fashion-MNIST's 6, the same",
+            *_beside(images["fashion_mnist, semi-supervised"]),
+            "pretrained features are a little ahead",
+        ),
+        (
+            "CIFAR-10's cars, the same",
+            *_beside(images["cifar10, semi-supervised"]),
+            "below chance, as everything that reconstructs pixels",
+        ),
+        (
+            "MVTec AD's screw at 256 pixels: AUROC, PRO",
+            *_beside(*_groups("patches").values(), pro=True),
+            "detects as PatchCore does, locates better; the term is not why",
+        ),
+        (
+            "8 ODDS tables, trained on normal rows: AUROC, mean rank of 23",
+            *_beside(tables["odds, semi-supervised"], rank=True),
+            "among the best; the term adds nothing",
+        ),
+        (
+            "the same tables, trained on all rows",
+            *_beside(tables["odds, unsupervised"], rank=True),
+            "take another; the term may help a little",
+        ),
+        (
+            "Arrhythmia with the authors' settings: F1",
+            *_arrhythmia(),
+            "choosing the step needs no labels",
+        ),
+        ("inspecting one image, beyond the backbone", *_inspection(), "a seventh of PatchCore's time"),
+    ]
+    heads = ["data", "Toll", "its twin, beta 0", "best other", "verdict"]
+    return markdown([dict(zip(heads, row, strict=True)) for row in rows])
+
+
+def _groups(name: str) -> dict[str, list[Run]]:
+    found = comparison.grouped(read(RESULTS / f"{name}.json").runs)
+    return {f"{group.dataset}, {group.protocol}": runs for group, runs in found.items()}
+
+
+def _beside(runs: list[Run], *, pro: bool = False, rank: bool = False) -> tuple[str, str, str]:
+    """The first Toll, its twin with beta 0, and of the methods that are not ours the one with the best mean rank."""
+    auroc, overlap, ranks = comparison.means(runs).mean(), comparison.means(runs, "pro").mean(), comparison.ranks(runs)
+
+    def text(label: str) -> str:
+        return f"{auroc[label]:.3f}" + f", {overlap[label]:.3f}" * pro + f", {ranks[label]:.2f}" * rank
+
+    toll = str(comparison.first_toll(runs))
+    other = next(label for label in comparison.ranking(runs) if "Toll" not in label)
+    return f"{toll} {text(toll)}", text(f"{toll} (beta=0)"), f"{other} {text(other)}"
+
+
+def _arrhythmia() -> tuple[str, str, str]:
+    """Mean and standard deviation of the test F1: the step chosen without labels, no twin, the authors' choice."""
+    runs = json.loads((RESULTS / "paper_arrhythmia.json").read_text())["runs"]
+
+    def text(choice: str) -> str:
+        found = [run["protocols"][choice]["total"] for run in runs]
+        return f"{statistics.mean(found):.3f} ± {statistics.pstdev(found):.3f}"
+
+    return f"Toll {text('label-free')}", "not run", f"Toll, step chosen by labelled anomalies, {text('paper')}"
+
+
+def _inspection() -> tuple[str, str, str]:
+    """Milliseconds in OpenVINO and megabytes beyond the backbone."""
+    toll, core, _ = json.loads((RESULTS / "deployment.json").read_text())["rows"]
+
+    def text(row: dict[str, list[float]]) -> str:
+        return f"{row['OpenVINO, ms'][1]:.1f} ms, {row['model, MB'][1]:.1f} MB"
+
+    return f"PatchToll {text(toll)}", "the same", f"PatchCore with 1 % of the patches {text(core)}"

@@ -10,10 +10,9 @@ from typing import Any
 from benchmarks.data.datasets import DATASETS, PROTOCOLS, Limits
 from benchmarks.interfaces import Budget
 from benchmarks.report.report import markdown_table, report
-from benchmarks.run.collected import lean
+from benchmarks.run.jobs import check_jobs, cluster, run_missing
 from benchmarks.run.plan import Choice, Named, Plan, all_different, plan_of
-from benchmarks.run.records import cluster, finish, provenance
-from benchmarks.run.runs import Runs, check_jobs, run_missing
+from benchmarks.run.store import Runs, finish, lean, provenance
 from toll_plugin.image_sets import data_root
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.data.datasets import DATASETS, PROTOCOLS, Limits
 from benchmarks.interfaces import Budget
 from benchmarks.report.comparison import dataset_of
-from benchmarks.run.runs import Configuration
+from benchmarks.run.store import Configuration
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 
 #: A name, or a name with arguments: ``Toll`` or ``{Toll: {beta: 0}}``.

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.run.records import RESULTS, finish, provenance, whole
+from benchmarks.run.store import RESULTS, finish, provenance, whole
+from benchmarks.run.tables import markdown
 from toll_plugin.core import Autoencoder, CollapseMonitor, TollLoss, TollTerms, terms_of
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 
@@ -160,9 +161,6 @@ def _run(variances: Any, setup: Setup, weight_decay: float, steps: int, seed: in
 
 
 def _table(runs: Sequence[dict[str, Any]]) -> str:
-    scores = "total | reconstruction | latent alone | total (beta 0) | latent alone (beta 0)"
-    lines = [f"| norms | decoder | latent | beta | error | slope | {scores} | collapsed |", "|---" * 12 + "|"]
-
     def mean(mine: list[dict[str, Any]], name: str, form: str) -> str:
         values = [run[name] for run in mine if run[name] is not None]
         return format(np.mean(values), form) if values else "-"
@@ -173,17 +171,32 @@ def _table(runs: Sequence[dict[str, Any]]) -> str:
     groups: dict[Setup, list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault(Setup(*(run[name] for name in Setup._fields)), []).append(run)
-    for setup, mine in ((setup, mine) for setup, mine in groups.items() if setup.beta):
+    rows = []
+    for setup, mine in groups.items():
+        if not setup.beta:
+            continue
         twin = groups[setup._replace(beta=0.0)]
-        cells = ["plain" if setup.exponent == 1 else "squared", setup.decoder, str(setup.latent), f"{setup.beta:g}"]
-        cells += [mean(mine, "error", ".1%"), mean(mine, "slope", "+.2f")]
-        cells += [low(mine, term) for term in TERMS] + [low(twin, "total"), low(twin, "latent")]
-        lines.append("| " + " | ".join([*cells, f"{sum(run['collapsed'] for run in mine)}/{len(mine)}"]) + " |")
+        rows.append(
+            {
+                "norms": "plain" if setup.exponent == 1 else "squared",
+                "decoder": setup.decoder,
+                "latent": str(setup.latent),
+                "beta": f"{setup.beta:g}",
+                "error": mean(mine, "error", ".1%"),
+                "slope": mean(mine, "slope", "+.2f"),
+                "total": low(mine, "total"),
+                "reconstruction": low(mine, "reconstruction"),
+                "latent alone": low(mine, "latent"),
+                "total (beta 0)": low(twin, "total"),
+                "latent alone (beta 0)": low(twin, "latent"),
+                "collapsed": f"{sum(run['collapsed'] for run in mine)}/{len(mine)}",
+            }
+        )
     note = (
         "Error of the gains, summed, against the theory; slope of log gain by log variance; of runs not collapsed. "
         "AUROC of shifts by 5 standard deviations along a direction, mean over the lower half of the variances."
     )
-    return "\n".join([*lines, "", note])
+    return f"{markdown(rows)}\n\n{note}"
 
 
 def plot(runs: Sequence[dict[str, Any]], variances: Any, path: Path) -> None:

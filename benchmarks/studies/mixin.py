@@ -2,79 +2,92 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import importlib
+import logging
 import statistics
 import time
-import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.data.datasets import DATASETS, PROTOCOLS, Limits
 from benchmarks.data.tables import SEARCH, halves, load
-from benchmarks.methods.hosts import HOSTS, run_image
-from benchmarks.run.records import RESULTS, finish, mean_and_error, provenance, run_all
+from benchmarks.interfaces import Budget, Split
+from benchmarks.run.jobs import run_all
+from benchmarks.run.store import RESULTS, finish, provenance
+from benchmarks.run.tables import markdown, mean_and_error
 
-DETECTORS = {
-    "AutoEncoder": {"verbose": 0},
-    "VAE": {"verbose": 0},
-    "AE1SVM": {},
-    "DeepSVDD": {"verbose": 0},
+#: Side of the images in pixels and epochs of each host among anomalib's models, on the digits and on parts.
+BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
+    "Ganomaly": {"digits": (32, 20), "parts": (64, 6)},
+    "ReverseDistillation": {"digits": (64, 10), "parts": (128, 3)},
+    "Fre": {"digits": (64, 30), "parts": (128, 5)},
+    "Supersimplenet": {"digits": (96, 2), "parts": (96, 1)},
+    "Glass": {"digits": (64, 10), "parts": (128, 1)},
+    # Not on parts: a step of 16 images of 128 pixels takes a minute on one core.
+    "Draem": {"digits": (32, 2)},
 }
 
+#: Hosts among PyOD's detectors.
+DETECTORS = ("AutoEncoder", "VAE", "AE1SVM", "DeepSVDD")
 
-def _run_table(
-    name: str, table: str, seed: int, strength: float, roots: list[Path], max_rows: int
-) -> tuple[Any, Any, Any, float, float]:
-    """As :func:`run_image`, for a detector of PyOD."""
-    import numpy as np
+
+def _images(part: str, seed: int, side: int, mvtec: Path | None) -> Split:
+    name, arguments = ("digits", {}) if part.isdigit() else ("mvtec", {"root": mvtec, "image_size": side})
+    return DATASETS[name].split(arguments, part, PROTOCOLS[0], seed, Limits())
+
+
+def _rows(name: str, seed: int, roots: list[Path], max_rows: int) -> Split:
     import torch
-    from sklearn.preprocessing import StandardScaler
+
+    train, test, labels = halves(*load(name, roots, max_rows), seed)
+    rows, tested = torch.from_numpy(train), torch.from_numpy(test)
+    return Split(rows, rows[:0], tested, labels == 1)
+
+
+def _run(
+    kind: str,
+    host: str,
+    data: str,
+    seed: int,
+    strength: float,
+    make: Callable[[], Split],
+    budget: Budget,
+    arguments: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A host trained with ``strength`` times the default weight of the term."""
+    import torch
+    from sklearn.metrics import roc_auc_score
     from threadpoolctl import threadpool_limits
 
-    import toll_plugin.pyod as collapsed
+    from benchmarks.methods.registry import build
 
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    train, test, labels = halves(*load(table, roots, max_rows), seed)
-    scaler = StandardScaler().fit(train)
-    train, test = scaler.transform(train), scaler.transform(test)
-    kind = getattr(collapsed, f"Collapsed{name}")
-    arguments = DETECTORS[name] | ({"n_features": train.shape[1]} if name == "DeepSVDD" else {})
-    default = kind.collapse_weight
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), threadpool_limits(1):
-        warnings.simplefilter("ignore")
-        detector = kind(collapse_weight=strength * default, **arguments)
-        if "random_state" in detector.get_params():
-            detector.set_params(random_state=seed)
-        np.random.seed(seed)  # noqa: NPY002  the hosts draw from the global generators
-        torch.manual_seed(seed)
+    module = importlib.import_module("toll_plugin.anomalib" if kind == "image" else "toll_plugin.pyod")
+    default = getattr(module, f"Collapsed{host}").collapse_weight
+    # The score has the term with a weight of 1, so that the norm is known without a weight in the loss, too.
+    given = {**arguments, "collapse_weight": strength * default, "collapse_score_weight": 1.0}
+    with threadpool_limits(1):
+        split = make()
+        detector: Any = build("images" if kind == "image" else kind, f"Collapsed{host}", budget, seed, given)
         start = time.perf_counter()
-        detector.fit(train)
+        detector.fit(split)
         seconds = time.perf_counter() - start
-
-        def scores(weight: float) -> Any:
-            torch.manual_seed(seed)  # the VAE draws its code when it scores, too
-            return detector.set_params(collapse_score_weight=weight).decision_function(test)
-
-        without, unit = scores(0.0), scores(default)
-    return without, (unit - without) / default, labels, default, seconds
-
-
-def _run(kind: str, host: str, data: str, seed: int, strength: float, *arguments: Any) -> dict[str, Any]:
-    from sklearn.metrics import roc_auc_score
-
-    run = run_image if kind == "image" else _run_table
-    without, norms, labels, weight, seconds = run(host, data, seed, strength, *arguments)
+        terms = detector.score(split.test).terms
+    without, norms, weight = terms["host"], terms["latent"], default * detector.model.collapse_score_factor()
     return {
         "kind": kind,
         "host": host,
         "data": data,
         "seed": seed,
         "strength": strength,
-        "auroc": float(roc_auc_score(labels, without)),
+        "auroc": float(roc_auc_score(split.anomalous, without)),
         # Of the bare host too, so that what the score alone brings is known.
-        "auroc_with_term": float(roc_auc_score(labels, without + max(strength, 1.0) * weight * norms)),
-        "norm_normal": float(norms[labels == 0].mean()),
-        "norm_anomalous": float(norms[labels == 1].mean()),
+        "auroc_with_term": float(roc_auc_score(split.anomalous, without + max(strength, 1.0) * weight * norms)),
+        "norm_normal": float(norms[~split.anomalous].mean()),
+        "norm_anomalous": float(norms[split.anomalous].mean()),
         "fit_seconds": seconds,
     }
 
@@ -88,28 +101,35 @@ def _tested(gaps: list[float]) -> str:
     return f"{mark}{mean_and_error(gaps)}{mark} (p {p:.2g})"
 
 
-def _group(run: dict[str, Any]) -> str:
+def _group(run: Mapping[str, Any]) -> str:
     if run["kind"] == "table":
         return "tables"
     return "digits" if run["data"].isdigit() else str(run["data"])
 
 
-def _table(runs: list[dict[str, Any]]) -> str:
-    head = "| host | data | pairs | host's AUROC | weight | term in the loss | in loss and score | normal norm |"
-    lines = [head, "|---" * 8 + "|"]
+def make_table(runs: list[dict[str, Any]]) -> str:
+    """A line per host, data and weight: what the term changes, paired by data and seed."""
+    rows = []
     for host, group in dict.fromkeys((run["host"], _group(run)) for run in runs):
         mine = [run for run in runs if run["host"] == host and _group(run) == group]
         bare = {(run["data"], run["seed"]): run for run in mine if run["strength"] == 0}
         for strength in sorted({run["strength"] for run in mine} - {0.0}):
             arm = [run for run in mine if run["strength"] == strength]
             pairs = [(run, bare[run["data"], run["seed"]]) for run in arm]
-            loss = _tested([run["auroc"] - twin["auroc"] for run, twin in pairs])
-            both = _tested([run["auroc_with_term"] - twin["auroc"] for run, twin in pairs])
             shrunk = statistics.median(run["norm_normal"] / twin["norm_normal"] for run, twin in pairs)
-            mean = statistics.mean(twin["auroc"] for _, twin in pairs)
-            cells = [host, group, str(len(pairs)), f"{mean:.3f}", f"x {strength:g}", loss, both, f"x {shrunk:.2g}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(
+                {
+                    "host": host,
+                    "data": group,
+                    "pairs": str(len(pairs)),
+                    "host's AUROC": f"{statistics.mean(twin['auroc'] for _, twin in pairs):.3f}",
+                    "weight": f"x {strength:g}",
+                    "term in the loss": _tested([run["auroc"] - twin["auroc"] for run, twin in pairs]),
+                    "in loss and score": _tested([run["auroc_with_term"] - twin["auroc"] for run, twin in pairs]),
+                    "normal norm": f"x {shrunk:.2g}",
+                }
+            )
+    return markdown(rows)
 
 
 def mixin(
@@ -119,7 +139,7 @@ def mixin(
     roots: list[Path] | None = None,
     names: tuple[str, ...] = SEARCH,
     classes: tuple[int, ...] = (1, 8),
-    hosts: tuple[str, ...] = (*HOSTS, *DETECTORS),
+    hosts: tuple[str, ...] = (*BUDGETS, *DETECTORS),
     strengths: tuple[float, ...] = (1.0, 10.0),
     seeds: int = 3,
     max_rows: int = 2000,
@@ -146,24 +166,24 @@ def mixin(
         output: Where the record goes.
     """
     record = {"command": "mixin", **provenance(), "seeds": seeds, "max_rows": max_rows}
-    arms = (0.0, *strengths)
-    parts = [*map(str, classes), *(categories if mvtec else ())]
-    images = [
-        ("image", host, part, seed, strength, mvtec, weights, epochs)
-        for host in hosts
-        if host in HOSTS
-        for part in parts
-        if HOSTS[host].sizes[not part.isdigit()]
-        for seed in range(seeds)
-        for strength in arms
-    ]
-    tables = [
-        ("table", host, name, seed, strength, roots, max_rows)
-        for host in hosts
-        if host in DETECTORS
-        for name in (names if roots else ())
-        for seed in range(seeds)
-        for strength in arms
-    ]
-    runs = run_all(_run, images + tables, jobs, "mixin", "run")
-    finish(output, {**record, "table": _table(runs), "runs": runs})
+    calls: list[tuple[Any, ...]] = []
+    for host in hosts:
+        for part in (*map(str, classes), *(categories if mvtec else ())) if host in BUDGETS else ():
+            group = "digits" if part.isdigit() else "parts"
+            if group not in BUDGETS[host]:
+                continue
+            side, usual = BUDGETS[host][group]
+            budget, arguments = Budget(epochs or usual, weights=weights), {"image_size": side}
+            calls += [
+                ("image", host, part, seed, strength, partial(_images, part, seed, side, mvtec), budget, arguments)
+                for seed in range(seeds)
+                for strength in (0.0, *strengths)
+            ]
+        for name in names if roots and host in DETECTORS else ():
+            calls += [
+                ("table", host, name, seed, strength, partial(_rows, name, seed, roots, max_rows), Budget(), {})
+                for seed in range(seeds)
+                for strength in (0.0, *strengths)
+            ]
+    runs = run_all(_run, calls, jobs, "mixin")
+    finish(output, {**record, "table": make_table(runs), "runs": runs})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -14,10 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from benchmarks.report.published import PUBLISHED
-from benchmarks.run.records import cluster, finish, provenance
-from benchmarks.run.runs import Progress, Runs, check_jobs, run_missing
-from benchmarks.studies import protocol
+from benchmarks.run.jobs import check_jobs, cluster, run_missing
+from benchmarks.run.metrics import f1_at_known_rate
+from benchmarks.run.store import Configuration, Runs, finish, provenance
+from benchmarks.studies import parts, training
+from benchmarks.studies.paper_table import make_table, plot
+from benchmarks.studies.protocol import SETTINGS, VERSION, Settings
 from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.image_sets import ImageSetName, data_root, download_image_set, read_image_set
 
@@ -27,17 +28,10 @@ DataSet = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "arrhythmia"]
 Source = tuple[DataSet, Path, Path | None, int]
 
 #: Label, configuration and what :func:`_run` takes first.
-Key = tuple[str, dict[str, Any], tuple[Source, str, protocol.Settings, int, int]]
+Key = tuple[str, Configuration, tuple[Source, str, Settings, int, int]]
 
 #: Files in the authors' folder "val IDs".
 _SPLITS = {"mnist": "mnist", "fashion_mnist": "fmnist", "cifar10": "cifar10", "cifar100": "cifar100"}
-
-_HEADS = {
-    "paper": "labelled choice (the authors')",
-    "label-free": "label-free choice",
-    "held-out loss": "lowest held-out loss",
-    "last": "last step",
-}
 
 _DETECTOR = Path(__file__).parents[2] / "configs/paper/arrhythmia.yaml"
 
@@ -96,9 +90,9 @@ def paper(
     check_integer("validation_size", validation_size, minimum=2)
     check_jobs(jobs)
     if scheduler is None:
-        protocol.pick_device(device)
+        training.pick_device(device)
     settings = replace(
-        protocol.SETTINGS[dataset],
+        SETTINGS[dataset],
         iterations=check_integer("iterations", iterations, minimum=1),
         validate_every=check_integer("validate_every", validate_every, minimum=1),
         bf16=bf16,
@@ -115,7 +109,7 @@ def paper(
         download_image_set(_image_set(dataset), source[1])
     _, digest = load(*source)
     experiment = {"dataset": dataset, **asdict(settings), "validation_size": validation_size}
-    common = experiment | {"data": digest, "version": protocol.VERSION}
+    common = experiment | {"data": digest, "version": VERSION}
     keys = [
         (f"class{c}_seed{s}", {**common, "class": c, "seed": s}, (source, digest, settings, c, s))
         for s in range(seeds)
@@ -126,21 +120,20 @@ def paper(
     if mode == "eval":
         records = _again(kept, keys, device)
     else:
-        threads = 1 if scheduler or jobs < 1 else protocol.threads_each(jobs)
-        calls = []
-        for label, configuration, arguments in keys:
-            told = kept.path(label, configuration).with_suffix(Progress.suffix).resolve()
-            calls.append((label, configuration, (*arguments, device, threads, told)))
+        threads = 1 if scheduler or jobs < 1 else training.threads_each(jobs)
+        alone = jobs == 1 and scheduler is None
+        calls = [(label, configuration, (*given, device, threads, alone)) for label, configuration, given in keys]
         with cluster(scheduler):
             records = run_missing(kept, _run, calls, jobs, f"paper {dataset}")
-    table = make_table(record, records)
-    failed = sorted({f"class {r['configuration']['class']}: {r['error']}" for r in records if "error" in r})
+    found = _slim(records)
+    table = make_table(record, found)
+    failed = sorted({f"class {run['class']}: {run['error']}" for run in found if "error" in run})
     if failed:
         table += "\n\nFailed, and left out: " + "; ".join(failed) + "."
-    finish(output, {**record, "table": table, "runs": _slim(records)})
+    finish(output, {**record, "table": table, "runs": found})
     picture = kept.folder / "paper.png"
-    if any("error" not in r for r in records):
-        plot(dataset, settings, records, picture)
+    if any("error" not in run for run in found):
+        plot(record, found, picture)
     print(f"\nrecord {output}, plot {picture}, runs and weights {kept.folder}")
     if failed:
         raise SystemExit(1)
@@ -180,23 +173,22 @@ def _image_set(dataset: DataSet) -> ImageSetName:
 
 
 @lru_cache(maxsize=1)
-def load(dataset: DataSet, root: Path, splits: Path | None, validation_size: int) -> tuple[protocol.Arrays, str]:
+def load(dataset: DataSet, root: Path, splits: Path | None, validation_size: int) -> tuple[parts.Arrays, str]:
     """The arrays of a data set, and their digest."""
     if dataset == "arrhythmia":
-        data = protocol.arrhythmia_rows(root, splits)
+        data = parts.arrhythmia_rows(root, splits)
     else:
-        parts = read_image_set(_image_set(dataset), root)
         data = {}
-        for name, part in zip(("train", "test"), parts, strict=True):
+        for name, part in zip(("train", "test"), read_image_set(_image_set(dataset), root), strict=True):
             data |= {f"{name}_images": part.images.numpy(), f"{name}_labels": part.labels.numpy()}
         count = len(data["train_labels"])
         if splits is None:
-            indices = protocol.draw(count)[: min(10_000, count // 2)]
+            indices = parts.draw(count)[: min(10_000, count // 2)]
         else:
             indices = np.load(splits / f"10000_val_indices_{_SPLITS[dataset]}.npy")
         # Images that are held out but not used to validate are not trained on either. Some are drawn: the
         # authors' file for Fashion-MNIST is sorted by class.
-        drawn = np.sort(protocol.draw(len(indices))[:validation_size])
+        drawn = np.sort(parts.draw(len(indices))[:validation_size])
         data |= {"val_indices": indices[drawn], "held_out": indices}
     digest = hashlib.sha256()
     for name, array in sorted(data.items()):
@@ -205,12 +197,13 @@ def load(dataset: DataSet, root: Path, splits: Path | None, validation_size: int
     return data, digest.hexdigest()[:16]
 
 
-def _parts(data: protocol.Arrays, settings: protocol.Settings, normal_class: int) -> protocol.Parts:
-    make = protocol.image_parts if "val_indices" in data else protocol.table_parts
-    return make(data, settings, normal_class)
+def _parts(data: parts.Arrays, settings: Settings, normal_class: int) -> parts.Parts:
+    if "val_indices" in data:
+        return parts.image_parts(data, settings, normal_class)
+    return parts.table_parts(data)
 
 
-def _same(source: Source, digest: str) -> protocol.Arrays:
+def _same(source: Source, digest: str) -> parts.Arrays:
     """The arrays, if they are those that the command has read."""
     data, found = load(*source)
     if found != digest:
@@ -225,24 +218,23 @@ def _same(source: Source, digest: str) -> protocol.Arrays:
 def _run(
     source: Source,
     digest: str,
-    settings: protocol.Settings,
+    settings: Settings,
     normal_class: int,
     seed: int,
     device: str,
     threads: int,
-    told: Path,
+    alone: bool,
 ) -> tuple[dict[str, Any], Any]:
+    from tqdm import tqdm
+
     data = _same(source, digest)
-    result, weights = protocol.train(
-        _parts(data, settings, normal_class),
-        settings,
-        seed,
-        normal_class,
-        device=device,
-        threads=threads,
-        on_iteration=Progress(told, settings.iterations),
-    )
-    authors = protocol.SETTINGS["arrhythmia"]
+    samples, what = _parts(data, settings, normal_class), f"class {normal_class}, seed {seed}"
+    # Bars of several processes would write over each other.
+    with tqdm(total=settings.iterations, desc=what, leave=False, disable=not alone) as bar:
+        result, weights = training.train(
+            samples, settings, seed, normal_class, device=device, threads=threads, on_iteration=bar.update
+        )
+    authors = SETTINGS["arrhythmia"]
     if replace(settings, iterations=authors.iterations, validate_every=authors.validate_every) == authors and find_spec(
         "pyod"
     ):
@@ -250,7 +242,7 @@ def _run(
     return result, weights
 
 
-def _detectors(data: protocol.Arrays, iterations: int, seed: int) -> dict[str, float]:
+def _detectors(data: parts.Arrays, iterations: int, seed: int) -> dict[str, float]:
     """Test F1 of TollDetector with the authors' settings and with its own."""
     from toll_plugin.pyod import TollDetector
 
@@ -263,7 +255,7 @@ def _detectors(data: protocol.Arrays, iterations: int, seed: int) -> dict[str, f
         ("TollDetector, defaults", {}),
     ):
         detector = TollDetector(**arguments, random_state=seed).fit(data["train_normal"])
-        found[name] = protocol.f1_at_known_rate(anomalous, detector.decision_function(rows))
+        found[name] = f1_at_known_rate(anomalous, detector.decision_function(rows))
     return found
 
 
@@ -280,8 +272,8 @@ def _again(kept: Runs, keys: Sequence[Key], device: str) -> list[dict[str, Any]]
         if record is None:
             missing.append(label)
             continue
-        parts = _parts(_same(source, digest), settings, normal_class)
-        scored = protocol.score(parts, settings, kept.weights(label, configuration), device)
+        samples = _parts(_same(source, digest), settings, normal_class)
+        scored = training.score(samples, settings, kept.weights(label, configuration), device)
         for result in record["protocols"].values():
             result.update(scored[result["step"]])
         found.append(record)
@@ -301,116 +293,3 @@ def _slim(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         | {name: value for name, value in r.items() if name not in shared}
         for r in records
     ]
-
-
-def _cell(values: Sequence[float]) -> str:
-    """Mean and standard deviation in per cent; over seeds as the authors take it, with n below."""
-    if not values:
-        return ""
-    spread = f" ± {100 * statistics.pstdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
-
-
-def make_table(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """A line per class, empty where it was not run, and beside it what others published."""
-    done = [run for run in records if "error" not in run]
-    dataset = record["dataset"]
-    if dataset == "arrhythmia":
-        return _arrhythmia_table(record, done)
-    settings = protocol.SETTINGS[dataset]
-    by: dict[tuple[str, int], list[float]] = {}
-    for run in done:
-        for name, result in run["protocols"].items():
-            by.setdefault((name, run["configuration"]["class"]), []).append(result["total"])
-    lines = [f"| normal class, test {settings.metric} in % | " + " | ".join(_HEADS.values()) + " | seeds |"]
-    lines.append("|---" * (len(_HEADS) + 2) + "|")
-    ran = [c for c in range(settings.n_classes) if ("last", c) in by]
-    for c in range(settings.n_classes):
-        count = str(len(by["last", c])) if c in ran else ""
-        lines.append(f"| {c} | " + " | ".join(_cell(by.get((name, c), [])) for name in _HEADS) + f" | {count} |")
-    if ran:
-        which = "all classes" if len(ran) == settings.n_classes else f"the classes that were run ({len(ran)})"
-        means = [_cell([statistics.mean(by[name, c]) for c in ran]).split(" ±")[0] for name in _HEADS]
-        lines.append(f"| mean over {which} | " + " | ".join(means) + " | |")
-    lines.append("")
-    lines.append(_budget(record, done))
-    if dataset in PUBLISHED:
-        peers = ", ".join(f"{name} {value:.1f}" for name, value in PUBLISHED[dataset].items())
-        text = "Published by others, not measured here, each by its own selection; means over all classes, so not to be"
-        lines += ["", f"{text} compared with a mean over some: {peers}."]
-    return "\n".join(lines)
-
-
-def _budget(record: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
-    """What was spent, and whether that is what the authors spend."""
-    settings = asdict(protocol.SETTINGS[record["dataset"]])
-    images = record["dataset"] != "arrhythmia"
-    full = all(record[name] == value for name, value in settings.items() if name != "bf16")
-    full = full and (record["validation_size"] >= 10_000 or not images)
-    whose = "the authors'" if record["split"] == "authors" else "drawn"
-    held_out = f"on {min(record['validation_size'], 10_000)} of {whose} 10 000" if images else f"on {whose} rows"
-    text = ("The authors' full budget" if full else "A reduced budget, not the authors'") + (
-        f": {record['iterations']} iterations of {record['batch_size']}, beta {record['beta']:g}, latent size "
-        f"{record['latent_dim']}, learning rate {record['lr']:g}, "
-        f"validated every {record['validate_every']} {held_out}, "
-        f"{'bfloat16 autocast' if record['bf16'] else 'single precision'}"
-    )
-    if not done:
-        return f"{text}."
-    steps = {name: statistics.median(r["protocols"][name]["step"] for r in done) for name in _HEADS}
-    seconds = statistics.median(sum(r["seconds"].values()) for r in done)
-    devices = ", ".join(sorted({f"{r['device']} with {r['threads']} thread(s)" for r in done}))
-    return (
-        f"{text}; {seconds:.0f} s a run (median) on {devices}; "
-        f"median step chosen: {steps['paper']:g} with labels, {steps['label-free']:g} without."
-    )
-
-
-def _arrhythmia_table(record: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
-    lines = ["| how | test F1, % | smallest | largest | seeds |", "|---|---|---|---|---|"]
-    rows = {head: [r["protocols"][name]["total"] for r in done] for name, head in _HEADS.items()}
-    for run in done:
-        for name, value in run.get("detectors", {}).items():
-            rows.setdefault(name, []).append(value)
-    for name, values in rows.items():
-        if values:
-            worst, best = 100 * min(values), 100 * max(values)
-            lines.append(f"| {name} | {_cell(values)} | {worst:.1f} | {best:.1f} | {len(values)} |")
-    return "\n".join([*lines, "", _budget(record, done)])
-
-
-def plot(dataset: str, settings: protocol.Settings, records: Sequence[dict[str, Any]], path: Path) -> None:
-    """The test metric by class and choice of the step, and what the labelled and the label-free choice go by."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    done = [record for record in records if "error" not in record]
-    unit = "seed" if dataset == "arrhythmia" else "class"
-    values = sorted({record["configuration"][unit] for record in done})
-    colours = {value: f"C{i % 10}" for i, value in enumerate(values)}
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    places = zip((-0.24, -0.08, 0.08, 0.24), "o^sD", _HEADS.items(), strict=True)
-    for offset, marker, (name, head) in places:
-        x = [record["configuration"][unit] + offset for record in done]
-        y = [100 * record["protocols"][name]["total"] for record in done]
-        left.plot(x, y, marker, color="0.35", fillstyle="none" if marker == "o" else "full", label=head, alpha=0.7)
-    panels = ((middle, "paper", "validation", 1), (right, "label-free", "synthetic", -1))
-    for panel, name, key, sign in panels:
-        for record in done:
-            found = {step["step"]: 100 * (step[key] if sign > 0 else 1 - step[key]) for step in record["trace"]}
-            colour = colours[record["configuration"][unit]]
-            panel.plot(list(found), list(found.values()), ".-", color=colour, alpha=0.5)
-            chosen = record["protocols"][name]["step"]
-            panel.plot([chosen], [found[chosen]], "*", color=colour, markersize=12)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for value in values[:10]:
-        middle.plot([], [], color=colours[value], label=f"{unit} {value}")
-    left.set(xlabel=f"normal {unit}" if unit == "class" else unit, ylabel=f"test {settings.metric}, %", title=dataset)
-    left.set_xticks(values)
-    left.legend(fontsize="small")
-    middle.set(xlabel="iteration", ylabel=f"validation {settings.metric}, %", title="labelled choice (star)")
-    middle.legend(fontsize="small")
-    right.set(xlabel="iteration", ylabel="AUROC against spliced samples, %", title="label-free choice (star)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

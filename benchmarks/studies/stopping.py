@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data.tables import CHECK, SEARCH
-from benchmarks.run.records import RESULTS, finish, mean_and_error, provenance
-from benchmarks.run.runs import Runs, run_missing
-from benchmarks.studies import protocol
-from benchmarks.studies.protocol import Parts, Settings
+from benchmarks.run.jobs import run_missing
+from benchmarks.run.metrics import splice
+from benchmarks.run.store import RESULTS, Runs, finish, provenance
+from benchmarks.run.tables import markdown, mean_and_error
+from benchmarks.studies import training
+from benchmarks.studies.parts import Bytes, Parts, arrhythmia_rows, as_they_are
+from benchmarks.studies.protocol import SETTINGS, VERSION, Settings, initial_network
 
 #: How many validated steps a smoothed curve averages.
 WINDOW = 5
@@ -64,19 +67,17 @@ def _split(
         scale=scale,
         sizes=[len(normal) - both],
         trace_test=True,
-        synthetic=protocol.splice(samples[normal[:first]], draw),
+        synthetic=splice(samples[normal[:first]], draw),
     )
 
 
 def _images(name: str, root: Path, normal_class: int, seed: int) -> tuple[Parts, Settings]:
-    from toll_plugin.core import ImageScaling, contrast_range
     from toll_plugin.image_sets import read_image_set
 
     part, _ = read_image_set(name, root)  # the test part is not looked at
     mine = part.labels == normal_class
-    settings = replace(protocol.SETTINGS[name], batch_size=50, iterations=300, validate_every=15, bf16=True)
-    value_range = contrast_range(part.images[mine].double()) if settings.scaling == "paper_cifar" else None
-    scale = protocol.Bytes(ImageScaling(settings.scaling, value_range))
+    settings = replace(SETTINGS[name], batch_size=50, iterations=300, validate_every=15, bf16=True)
+    scale = Bytes(settings.scaling, part.images[mine])
     return _split(part.images, (~mine).numpy(), (300, 300), seed, scale), settings
 
 
@@ -86,16 +87,16 @@ def _digits(normal_class: int, beta: float, seed: int) -> tuple[Parts, Settings]
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16
     settings = Settings("conv8", beta, 32, 1e-3, 32, "unit", 10, iterations=600, validate_every=15)
-    return _split(images, digits.target != normal_class, (36, 36), seed, protocol.as_they_are), settings
+    return _split(images, digits.target != normal_class, (36, 36), seed, as_they_are), settings
 
 
 def _arrhythmia(root: Path, splits: Path | None, seed: int) -> tuple[Parts, Settings]:
-    rows = protocol.arrhythmia_rows(root, splits)
+    rows = arrhythmia_rows(root, splits)
     normal = np.concatenate([rows["train_normal"], rows["validation_normal"]])  # the test rows are not looked at
     bad = np.concatenate([rows["validation_anomalous"], rows["unused_anomalous"]])
     samples = torch.from_numpy(np.concatenate([normal, bad])).float()
-    parts = _split(samples, np.arange(len(samples)) >= len(normal), (77, 77), seed, protocol.as_they_are)
-    return parts, replace(protocol.SETTINGS["arrhythmia"], metric="AUROC")
+    parts = _split(samples, np.arange(len(samples)) >= len(normal), (77, 77), seed, as_they_are)
+    return parts, replace(SETTINGS["arrhythmia"], metric="AUROC")
 
 
 def _table(name: str, roots: list[Path], beta: float, seed: int) -> tuple[Parts, Settings]:
@@ -106,7 +107,7 @@ def _table(name: str, roots: list[Path], beta: float, seed: int) -> tuple[Parts,
     draw = np.random.default_rng(seed).permutation(len(x))[:4000]
     x, y = x[draw], y[draw]
     quarter = int((y == 0).sum()) // 4
-    parts = _split(torch.from_numpy(x), y != 0, (quarter, quarter), seed, protocol.as_they_are)
+    parts = _split(torch.from_numpy(x), y != 0, (quarter, quarter), seed, as_they_are)
     scaling = TableScaling().fit(parts.train.numpy())
     for part in ("train", "validation", "test", "synthetic"):
         setattr(parts, part, torch.from_numpy(scaling.transform(getattr(parts, part).numpy())).float())
@@ -124,7 +125,7 @@ def _network(settings: Settings, parts: Parts, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return ConvAutoencoder(8, latent_dim=settings.latent_dim)
-    return protocol.initial_network(settings, seed, 0)
+    return initial_network(settings, seed, 0)
 
 
 def _others(roots: list[Path]) -> list[str]:
@@ -148,39 +149,31 @@ def _run(
     parts, settings = load(*arguments)
     settings = replace(settings, iterations=iterations or settings.iterations)
     network = _network(settings, parts, seed)
-    result, _ = protocol.train(parts, settings, seed, 0, device="cpu", threads=1, network=network)
+    result, _ = training.train(parts, settings, seed, 0, device="cpu", threads=1, network=network)
     described = [a for a in arguments if isinstance(a, (str, int, float))]
     return {"family": family, "arguments": described, "chosen": judge(result["trace"]), "trace": result["trace"]}, None
 
 
 def _table_of(runs: list[dict[str, Any]]) -> str:
     """Mean AUROC of the labelled choice per family, and what each rule loses against it."""
-    families = list(dict.fromkeys(run["family"] for run in runs))
-    lines = [
-        "| rule | " + " | ".join(families) + " | mean over families | worst run |",
-        "|---" * (len(families) + 3) + "|",
+    chosen: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        chosen.setdefault(run["family"], []).append(run["chosen"])
+    best = {family: [run["labelled"] for run in mine] for family, mine in chosen.items()}
+    shown = {family: f"{statistics.mean(values):.4f} (n {len(values)})" for family, values in best.items()}
+    mean = statistics.mean(map(statistics.mean, best.values()))
+    rows = [{"rule": "labelled", **shown, "mean over families": f"{mean:.4f}", "worst run": ""}]
+    for rule in list(RULES)[1:]:
+        gaps = {family: [run[rule] - run["labelled"] for run in mine] for family, mine in chosen.items()}
+        mean, worst = statistics.mean(map(statistics.mean, gaps.values())), min(map(min, gaps.values()))
+        last = {"mean over families": f"{mean:+.4f}", "worst run": f"{worst:+.3f}"}
+        rows.append({"rule": rule, **{family: mean_and_error(mine) for family, mine in gaps.items()}, **last})
+    gains = [
+        f"{family} {mean_and_error([run[_SPLICED] - run['held-out loss'] for run in mine])}"
+        for family, mine in chosen.items()
     ]
-    for rule in RULES:
-        cells, means = [], []
-        for family in families:
-            mine = [run["chosen"] for run in runs if run["family"] == family]
-            if rule == "labelled":
-                cells.append(f"{statistics.mean(chosen[rule] for chosen in mine):.4f} (n {len(mine)})")
-                means.append(statistics.mean(chosen[rule] for chosen in mine))
-                continue
-            gaps = [chosen[rule] - chosen["labelled"] for chosen in mine]
-            cells.append(mean_and_error(gaps))
-            means.append(statistics.mean(gaps))
-        worst = min(run["chosen"][rule] - run["chosen"]["labelled"] for run in runs)
-        sign = "" if rule == "labelled" else "+"
-        last = "" if rule == "labelled" else f"{worst:+.3f}"
-        lines.append(f"| {rule} | " + " | ".join(cells) + f" | {statistics.mean(means):{sign}.4f} | {last} |")
-    pairs = {family: [run["chosen"] for run in runs if run["family"] == family] for family in families}
-    gaps = [
-        f"{family} {mean_and_error([chosen[_SPLICED] - chosen['held-out loss'] for chosen in mine])}"
-        for family, mine in pairs.items()
-    ]
-    return "\n".join([*lines, "", f"{_SPLICED} minus held-out loss (mean, standard error): {'; '.join(gaps)}."])
+    note = f"{_SPLICED} minus held-out loss (mean, standard error): {'; '.join(gains)}."
+    return f"{markdown(rows)}\n\n{note}"
 
 
 def stopping(
@@ -225,11 +218,7 @@ def stopping(
         for seed in range(seeds)
     ]
     if roots:
-        chosen = names or (
-            *SEARCH,
-            *_others(roots),
-            "arrhythmia",
-        )
+        chosen = names or (*SEARCH, *_others(roots), "arrhythmia")
         calls += [
             (f"tables, beta {beta:g}", _table, (name, roots, beta, seed))
             for beta in (0.1, 10.0)
@@ -243,11 +232,11 @@ def stopping(
     for family, load, arguments in calls:
         whole = {"family": family, "arguments": json.loads(json.dumps(arguments, default=str))}
         label = "_".join([re.sub(r"\W+", "_", family), str(arguments[0 if load is not _arrhythmia else -1])])
-        configuration = {**whole, "iterations": iterations, "window": WINDOW, "version": protocol.VERSION}
+        configuration = {**whole, "iterations": iterations, "window": WINDOW, "version": VERSION}
         keys.append((label, configuration, (family, load, arguments, iterations)))
     kept = run_missing(Runs(runs), _run, keys, jobs, "stopping")
     failed = [f"{run['configuration']['arguments']}: {run['error']}" for run in kept if "error" in run]
     done = [{name: run[name] for name in ("family", "arguments", "chosen")} for run in kept if "error" not in run]
-    finish(output, {**record, "table": _table_of(done), "failed": failed, "runs": done})
+    finish(output, {**record, "table": _table_of(done) if done else "", "failed": failed, "runs": done})
     if failed:
         raise SystemExit(1)

@@ -26,6 +26,7 @@ from toll_plugin.anomalib.datamodules import (
     MNISTOneVsRest,
     OneVsRest,
 )
+from toll_plugin.anomalib.datasets import TensorImageDataset
 from toll_plugin.anomalib.mixin import TargetedCollapseMixin
 from toll_plugin.anomalib.patch_toll.lightning_model import PatchToll
 from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel
@@ -57,6 +58,7 @@ __all__ = [
     "QuantilePostProcessor",
     "RestoreBestWeights",
     "TargetedCollapseMixin",
+    "TensorImageDataset",
     "Toll",
     "TollModel",
     "TollPostProcessor",

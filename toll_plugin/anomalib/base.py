@@ -21,17 +21,25 @@ from toll_plugin.anomalib.checkpoints import check_archive, restore_components, 
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.core.checks import check_image_size
 
-__all__ = ["Verbs", "is_normal", "size_for", "size_of", "validation_batches"]
+__all__ = ["TollModuleMixin", "is_normal", "size_for", "size_of", "validation_batches"]
 
 
 if TYPE_CHECKING:
     from anomalib.models.components.base import AnomalibModule as _Base
 else:
-    _Base = object  # anomalib takes each class right below AnomalibModule for a model
+    _Base = object
 
 
-class Verbs(_Base):
-    """Scoring, metrics, checkpoints and exports; stands before ``AnomalibModule`` among a model's bases."""
+class TollModuleMixin(_Base):
+    """What Toll and PatchToll share as models of anomalib: metrics, test and predict steps, export, checkpoints.
+
+    A model has it as its first base and ``AnomalibModule`` as its second. It is no subclass of
+    ``AnomalibModule`` itself: anomalib's ``list_models`` and ``get_model`` take every direct subclass of that
+    class for a model, so they would offer this one, and miss models that have it as their only base.
+
+    The model's ``self.model`` takes images and their names, and returns an ``InferenceBatch`` in evaluation
+    mode; ``self._image_size`` is the size of the images it takes.
+    """
 
     @property
     def learning_type(self) -> LearningType:
@@ -40,7 +48,11 @@ class Verbs(_Base):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """The default metrics of anomalib, without the sigmoid that ties scores outside [0, 1]."""
+        """The default test metrics of anomalib: AUROC and F1 of images, and of pixels where there are masks.
+
+        AUROC is that of the scores as they are. By default it would apply a sigmoid to scores outside
+        [0, 1], which makes all scores above 17 equal in single precision.
+        """
         return Evaluator(
             test_metrics=[
                 AUROC(fields=["pred_score", "gt_label"], prefix="image_", normalization=None),
@@ -67,11 +79,11 @@ class Verbs(_Base):
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Path:
-        """Export as anomalib does, at the exporter's own opset.
+        """Export as anomalib does, at opset 18, the one that torch's exporter writes.
 
-        anomalib asks for opset 14, to which torch's exporter has to convert down; that fails,
-        prints a traceback, and leaves opset 18 anyway. Without a pre-processor nothing resizes,
-        and the export takes images of the network's size.
+        anomalib asks for opset 14. The exporter's conversion to it fails, prints a traceback, and leaves
+        opset 18 anyway. Without a pre-processor nothing resizes images, so the exported model takes them in
+        the network's size only.
         """
         kwargs.setdefault("opset_version", 18)
         if input_size is None and self.pre_processor is None:
@@ -91,12 +103,12 @@ class Verbs(_Base):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what hyperparameters cannot hold."""
+        """Store the classes of pre- and post-processor too, which are no hyperparameters."""
         super().on_save_checkpoint(checkpoint)
         store_components(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fit the model to what the checkpoint was trained with."""
+        """Restore the classes of pre- and post-processor, then what anomalib restores."""
         restore_components(self, checkpoint)
         super().on_load_checkpoint(checkpoint)
 
@@ -130,7 +142,7 @@ def is_normal(batch: Batch) -> Tensor:
 
 
 def validation_batches(module: AnomalibModule) -> Iterator[Batch]:
-    """The trainer's validation batches as :meth:`validation_step` would get them."""
+    """The trainer's validation batches, on the module's device and pre-processed as for ``validation_step``."""
     trainer = module.trainer
     loaders = trainer.val_dataloaders or []
     loaders = loaders if isinstance(loaders, list | tuple) else [loaders]

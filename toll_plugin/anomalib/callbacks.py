@@ -1,4 +1,4 @@
-"""Label-free model selection for the weights that every verb of anomalib uses."""
+"""Choose the weights that every later step uses by a validation value, without labels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from toll_plugin.core.training.divergence import snapshot
+__all__ = ["RestoreBestWeights"]
 
-__all__ = ["TRAINING_STATE", "RestoreBestWeights"]
-
-TRAINING_STATE = "toll_training_state_dict"
+#: Key of a checkpoint under which the last weights lie, where its ``state_dict`` holds the best ones.
+_LAST_WEIGHTS = "toll_training_state_dict"
 
 
 class RestoreBestWeights(Callback):
@@ -25,16 +24,20 @@ class RestoreBestWeights(Callback):
     weights of the last step lie beside them, and resuming continues from those. Checkpoints of a
     ``ModelCheckpoint`` that monitors a metric or keeps several files are left as they are.
 
+    Both sets of weights are kept in the CPU's memory: the best until the end of the fit, the last until
+    the next fit, for checkpoints that are saved in between.
+
     Args:
         monitor: Name of a logged value, lower is better. Where it is never logged (no
-            validation split) the last weights stay.
+            validation split) the last weights stay. With ``None`` nothing is chosen, and all that is left
+            is that resuming continues from a checkpoint's last weights. Default ``"val_loss"``.
 
     Example:
         >>> from anomalib.engine import Engine
         >>> engine = Engine(callbacks=[RestoreBestWeights("val_loss")])
     """
 
-    def __init__(self, monitor: str = "val_loss") -> None:
+    def __init__(self, monitor: str | None = "val_loss") -> None:
         self.monitor = monitor
         self._best_value = math.inf
         self._best: dict[str, Tensor] | None = None
@@ -52,50 +55,42 @@ class RestoreBestWeights(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the epoch's value, before a ModelCheckpoint saves."""
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         value = float(trainer.callback_metrics.get(self.monitor, math.inf))
         if value < self._best_value:
-            self._best_value, self._best = value, snapshot(pl_module)
+            self._best_value, self._best = value, _on_cpu(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the best weights into the model."""
         del trainer
         if self._best is not None:
-            self._last = snapshot(pl_module)
+            self._last = _on_cpu(pl_module)
             pl_module.load_state_dict(self._best)
+            self._best = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the best weights as the checkpoint's, and the last ones beside them.
 
-        A module may call this from its own hook as well, which Lightning also calls where only
-        weights are saved; the second call does nothing.
+        Lightning does not call callbacks where only weights are saved, but does call the model. A model
+        whose ``on_save_checkpoint`` calls this has the best weights in such files too; the second of two calls
+        does nothing.
         """
-        if self._best is None or TRAINING_STATE in checkpoint:
+        if _LAST_WEIGHTS in checkpoint:
             return
-        if self._last is not None:  # the fit is over and the module holds what it should
-            checkpoint[TRAINING_STATE] = self._last
-            return
-        savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
-        if any(c.monitor is not None or c.save_top_k != 1 for c in savers):
-            return  # its files are named after an epoch or a metric, and hold what they are named after
-        checkpoint[TRAINING_STATE] = checkpoint["state_dict"]
-        checkpoint["state_dict"] = self._best
-        # anomalib's components are modules and callbacks at once, and stored as both.
-        keys = {id(callback): callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
-        for name, module in pl_module.named_children():
-            key = keys.get(id(module))
-            if key in checkpoint.get("callbacks", {}):
-                prefix = f"{name}."
-                checkpoint["callbacks"][key] = {
-                    k.removeprefix(prefix): v for k, v in self._best.items() if k.startswith(prefix)
-                }
+        if self._last is not None:  # the fit is over and the model holds what it should
+            checkpoint[_LAST_WEIGHTS] = self._last
+        elif self._best is not None and not _names_its_files(trainer):
+            checkpoint[_LAST_WEIGHTS] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = self._best
+            _overwrite_components(trainer, pl_module, checkpoint, self._best)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Continue from the last weights where fitting resumes; all else keeps the best."""
-        if TRAINING_STATE in checkpoint and trainer.state.fn == TrainerFn.FITTING:
-            self._best = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
-            pl_module.load_state_dict(checkpoint[TRAINING_STATE])
+        """Continue from the last weights where fitting resumes; all other uses keep the best."""
+        if _LAST_WEIGHTS in checkpoint and trainer.state.fn == TrainerFn.FITTING:
+            if self.monitor is not None:
+                self._best = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+            pl_module.load_state_dict(checkpoint[_LAST_WEIGHTS])
 
     def state_dict(self) -> dict[str, Any]:
         """The lowest value so far."""
@@ -105,3 +100,27 @@ class RestoreBestWeights(Callback):
         """Restore it, where the weights it belongs to were restored."""
         if self._best is not None:
             self._best_value = state_dict["best_value"]
+
+
+def _on_cpu(module: LightningModule) -> dict[str, Tensor]:
+    """A copy of a model's weights, out of the way of training and of the device's memory."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
+
+
+def _names_its_files(trainer: Trainer) -> bool:
+    """Whether checkpoints are named after an epoch or a metric, whose weights they then have to hold."""
+    savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+    return any(c.monitor is not None or c.save_top_k != 1 for c in savers)
+
+
+def _overwrite_components(
+    trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], weights: dict[str, Tensor]
+) -> None:
+    """Put ``weights`` into the callbacks' states too: anomalib's components are modules and callbacks at once."""
+    keys = {id(callback): callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    for name, module in pl_module.named_children():
+        key = keys.get(id(module))
+        if key in checkpoint.get("callbacks", {}):
+            prefix = f"{name}."
+            of_module = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            checkpoint["callbacks"][key] = of_module

@@ -1,4 +1,4 @@
-"""What a checkpoint must say beyond weights and hyperparameters, and what reads it back."""
+"""Store and restore the classes of pre- and post-processor, which anomalib's checkpoints do not name."""
 
 from __future__ import annotations
 

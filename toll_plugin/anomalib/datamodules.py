@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.visualization import Visualizer
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.v2 import Transform
@@ -167,14 +168,23 @@ class OneVsRest(AnomalibDataModule):
         dataset.category = self.category
         return dataset
 
-    def setup(self, stage: str | None = None) -> None:
-        """Make the splits; write the test images to files if the model draws on them."""
-        super().setup(stage)
-        model = getattr(self.trainer, "lightning_module", None)
-        draws = stage in ("test", "predict") and getattr(model, "visualizer", None) is not None
-        if draws and self._image_folder is None:
-            self._image_folder = TemporaryDirectory(prefix="one_vs_rest_")
-            self.test_data.write_images(Path(self._image_folder.name))
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Write the images of a batch that a visualizer is going to draw to files, and name these instead.
+
+        anomalib's visualizer opens each image by its path. The files lie in a temporary folder, which is
+        deleted with this object.
+        """
+        if self._is_drawn():
+            if self._image_folder is None:
+                self._image_folder = TemporaryDirectory(prefix="one_vs_rest_")
+            batch.image_path = self.test_data.write_images(batch.image_path, Path(self._image_folder.name))
+        return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    def _is_drawn(self) -> bool:
+        trainer = self.trainer
+        if trainer is None or not (trainer.testing or trainer.predicting):
+            return False
+        return any(isinstance(callback, Visualizer) for callback in trainer.callbacks)
 
     def _create_test_split(self) -> None:
         """Splits are made above, by class."""

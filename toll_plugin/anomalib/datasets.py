@@ -21,6 +21,8 @@ __all__ = ["TensorImageDataset"]
 class TensorImageDataset(AnomalibDataset):
     """An anomalib data set over images in memory.
 
+    A batch is one index operation; anomalib's own data sets open a file per image.
+
     Args:
         images: ``(N, C, H, W)``, uint8 or float, 1 or 3 channels. Not copied.
         anomalous: ``(N,)``, true where the image is anomalous.
@@ -104,17 +106,17 @@ class TensorImageDataset(AnomalibDataset):
             image_path=self._paths[list(indices)].tolist(),
         )
 
-    def write_images(self, folder: Path) -> None:
-        """Write each image as ``folder``/its name, and name the files from then on.
-
-        anomalib's visualizer reads what it draws on from a file.
-        """
-        for i, name in enumerate(self._paths):
+    def write_images(self, names: Sequence[str], folder: Path) -> list[str]:
+        """Write the images of these names as ``folder``/name, where they are not yet; return the files' paths."""
+        position = dict(zip(self._paths, self._position.tolist(), strict=True))
+        for name in names:
             path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image = self._images[self._position[i]]
-            to_pil_image(image if image.dtype == torch.uint8 else (255 * image).round().to(torch.uint8)).save(path)
-            self._paths[i] = str(path)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image = self._images[position[name]]
+                levels = image if image.dtype == torch.uint8 else (255 * image).round().to(torch.uint8)
+                to_pil_image(levels).save(path)
+        return [str(folder / name) for name in names]
 
     def __add__(self, other: AnomalibDataset) -> TensorImageDataset:
         """Both sets' samples, in order; the images are copied."""

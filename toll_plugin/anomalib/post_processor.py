@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from anomalib.data import Batch, ImageBatch
-from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 from torchmetrics import MaxMetric
-from torchmetrics.utilities import dim_zero_cat
 
+from toll_plugin.anomalib.metrics import ScoreThreshold, updated_anywhere
 from toll_plugin.core.checks import check_finite_float
 
 __all__ = ["QuantilePostProcessor", "TollPostProcessor"]
-
-
-class _ScoreThreshold(F1AdaptiveThreshold):
-    """anomalib's threshold on the scores themselves, without advice to find anomalies first."""
-
-    def __init__(self, field: str, target: str) -> None:
-        super().__init__(fields=[field, target], strict=False, normalization=None)
-
-    def compute(self) -> Tensor:
-        if not (dim_zero_cat(self.target) == 1).any():
-            self.value: Tensor = dim_zero_cat(self.preds).max()
-            return self.value
-        threshold: Tensor = super().compute()
-        # anomalib finds the score from which on to flag, and flags what lies above it.
-        lower = (preds := dim_zero_cat(self.preds))[preds < threshold]
-        return (threshold + lower.max()) / 2 if len(lower) else threshold - 1
 
 
 class TollPostProcessor(PostProcessor):
@@ -59,8 +43,8 @@ class TollPostProcessor(PostProcessor):
     def __init__(self, **kwargs: Any) -> None:
         # Score and map have different units, so neither threshold can stand in for the other.
         super().__init__(**{"enable_threshold_matching": False} | kwargs)
-        self._image_threshold_metric = _ScoreThreshold("pred_score", "gt_label")
-        self._pixel_threshold_metric = _ScoreThreshold("anomaly_map", "gt_mask")
+        self._image_threshold_metric = ScoreThreshold("pred_score", "gt_label")
+        self._pixel_threshold_metric = ScoreThreshold("anomaly_map", "gt_mask")
         self._normal_pixel_max = MaxMetric()
 
     def on_validation_batch_end(
@@ -81,10 +65,12 @@ class TollPostProcessor(PostProcessor):
             self._normal_pixel_max.update(maps.amax())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute thresholds and ranges."""
-        has_masks = self._pixel_threshold_metric.update_called
+        """Compute thresholds and ranges, the same in all processes."""
+        has_masks, has_normals = updated_anywhere(self._pixel_threshold_metric, self._normal_pixel_max)
+        if has_masks and not self._pixel_threshold_metric.update_called:
+            self._pixel_threshold_metric.update(_no_pixels(self._pixel_threshold.device))
         super().on_validation_epoch_end(trainer, pl_module)
-        if self.enable_thresholding and not has_masks and self._normal_pixel_max.update_called:
+        if self.enable_thresholding and not has_masks and has_normals:
             self._pixel_threshold.copy_(self._normal_pixel_max.compute())
         self._normal_pixel_max.reset()
 
@@ -103,6 +89,13 @@ class TollPostProcessor(PostProcessor):
         distance = 2 * (preds - threshold) / torch.where(value_range > 0, value_range, torch.ones_like(value_range))
         normalised = 0.5 * (1 + distance / (1 + distance.abs()))
         return torch.where(norm_min.isnan() | norm_max.isnan(), preds, normalised)
+
+
+def _no_pixels(device: torch.device) -> SimpleNamespace:
+    """A batch for a process without masks of its own, of the kinds that the others exchange."""
+    return SimpleNamespace(
+        anomaly_map=torch.empty(0, device=device), gt_mask=torch.empty(0, dtype=torch.bool, device=device)
+    )
 
 
 class QuantilePostProcessor(TollPostProcessor):

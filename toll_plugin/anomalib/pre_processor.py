@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import Compose, Resize, Transform
@@ -17,6 +19,8 @@ from toll_plugin.core.image_scaling import ImageScaling, contrast_range
 from toll_plugin.core.resize import resize_matrix
 
 __all__ = ["TollPreProcessor"]
+
+_logger = logging.getLogger(__name__)
 
 
 class _Scale(Transform):
@@ -63,7 +67,7 @@ class TollPreProcessor(PreProcessor):
         image_size: ``(height, width)`` in pixels, or one integer.
         scaling: Name of an :class:`toll_plugin.core.ImageScaling`.
         scaling_range: Its ``value_range``. ``"paper_cifar"`` without one gets that of the training
-            images when a :class:`Toll` is fitted.
+            images when a fit begins.
 
     Raises:
         TypeError: If ``image_size`` is no size.
@@ -111,6 +115,20 @@ class TollPreProcessor(PreProcessor):
     def close(self, scaling_range: Sequence[float]) -> None:
         """Set the range that was left open."""
         self._configure(self.image_size, self.scaling, scaling_range)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the range on the training images if it was left open."""
+        if not self.is_open:
+            return
+        trainer.fit_loop.setup_data()  # before any batch is scaled, so before Lightning does it
+        batches: Any = trainer.train_dataloader
+        ranges = [self.measure(batch.image) for batch in batches]
+        low, high = torch.tensor(ranges, device=trainer.strategy.root_device).T
+        # Each process has its share of the images.
+        extremes: Any = pl_module.all_gather(torch.stack([low.min(), -high.max()]))
+        low_of_all, negative_high_of_all = extremes.view(-1, 2).amin(dim=0).tolist()
+        self.close((low_of_all, -negative_high_of_all))
+        _logger.info("scaling_range of the training images: %s", self.scaling_range)
 
     def checkpoint_config(self) -> dict[str, Any]:
         """Plain data from which :meth:`load_checkpoint_config` restores this object."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 __all__ = ["Overlapping", "fork_safe", "is_this_thread", "one_thread", "this_thread"]
 
@@ -72,10 +72,19 @@ def _controller() -> ThreadpoolController:
     return _known[1]
 
 
-def _one_thread_of(api: str) -> AbstractContextManager[object]:
+@contextmanager
+def _one_thread_of(api: str) -> Iterator[None]:
     # Selected first: a limit that ends puts back the threads of all libraries of its controller.
-    limit: AbstractContextManager[object] = _controller().select(user_api=api).limit(limits=1)
-    return limit
+    limit = _controller().select(user_api=api).limit(limits=1)
+    try:
+        yield
+    finally:
+        # From 3.8 on, threadpoolctl lets only the thread that set OpenBLAS's limit put it back; here that is
+        # whichever thread ends last.
+        let_go = getattr(OpenBLASController, "clear_controlling_thread", lambda **_: None)
+        let_go(force=True)
+        limit.restore_original_limits()
+        let_go(force=True)
 
 
 _one_blas_thread = Overlapping(lambda: _one_thread_of("blas"))

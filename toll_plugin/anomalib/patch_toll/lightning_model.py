@@ -15,7 +15,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
-from toll_plugin.anomalib.base import Verbs, is_normal, size_for, size_of, validation_batches
+from toll_plugin.anomalib.base import TollModuleMixin, is_normal, size_for, size_of, validation_batches
 from toll_plugin.anomalib.patch_toll.backbone import build_backbone, check_layers, check_weights, load_backbone
 from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 _HELD_OUT = 0.2
 
 
-class PatchToll(Verbs, AnomalibModule):
+class PatchToll(TollModuleMixin, AnomalibModule):
     r"""Targeted collapse on the features of a frozen pretrained backbone, position by position.
 
     One pass over the normal training images computes their features, which are kept, standardised and

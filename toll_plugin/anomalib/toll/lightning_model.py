@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -15,30 +14,29 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from toll_plugin.anomalib.base import Verbs, is_normal, size_for, validation_batches
-from toll_plugin.anomalib.callbacks import TRAINING_STATE, RestoreBestWeights
+from toll_plugin.anomalib.base import TollModuleMixin, is_normal, size_for, validation_batches
+from toll_plugin.anomalib.callbacks import RestoreBestWeights
+from toll_plugin.anomalib.metrics import updated_anywhere
 from toll_plugin.anomalib.post_processor import TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
-from toll_plugin.anomalib.toll.torch_model import NetworkName, TollModel, build_network
+from toll_plugin.anomalib.toll.torch_model import NetworkName, TollModel, build_network, check_finite
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
 from toll_plugin.core.modes import batch_norm_fits, evaluating
-from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
-from toll_plugin.core.training.divergence import DivergenceGuard
+from toll_plugin.core.objective import ScoreTerm, TollLoss
+from toll_plugin.core.training.divergence import DivergenceError, DivergenceGuard
 
 __all__ = ["Toll"]
 
-_logger = logging.getLogger(__name__)
-
 _OWN_NETWORK = "toll_own_network"
 _TRAIN_LOGS = ("train_loss", "train_reconstruction", "train_latent")
+_VALIDATION_LOGS = ("val_loss", "val_reconstruction", "val_latent")
 
 
-class Toll(Verbs, AnomalibModule):
+class Toll(TollModuleMixin, AnomalibModule):
     r"""Targeted collapse regularised autoencoder for images.
 
     Trains :math:`\frac1N\sum_i \|x_i - \hat x_i\| + \beta\|z_i\|` on normal images and scores
@@ -60,7 +58,7 @@ class Toll(Verbs, AnomalibModule):
         encoder: A module of your own from ``(N, in_channels, H, W)`` to ``(N, *)``; needs a
             ``decoder`` and replaces ``network`` and ``latent_dim``. A checkpoint does not store
             it: pass both to ``load_from_checkpoint`` again.
-        decoder: Its counterpart.
+        decoder: A module of your own from the latent back to ``(N, in_channels, H, W)``.
         beta: Weight of the latent norm, at least 0, in input units per latent unit. Default
             0.01; see the README on choosing it.
         exponent: Of both norms, 1 (default, the authors' code) or 2.
@@ -74,7 +72,8 @@ class Toll(Verbs, AnomalibModule):
         restore_best_weights: Use the weights of the lowest ``val_loss``. Default true.
         patience: Validations (epochs, unless the trainer validates less often) without a lower
             ``val_loss`` before training stops, unless the trainer has an ``EarlyStopping`` of its
-            own. Default 20; ``None`` never stops.
+            own. Default 20; ``None`` never stops. Without a validation split there is no
+            ``val_loss``, and training ends by ``max_epochs`` alone.
         max_epochs: Overrides the trainer's, for callers without a trainer section such as
             ``anomalib benchmark``. Default ``None``.
         seed: Of the initial weights; the global generator is not used then. Default ``None``.
@@ -163,13 +162,13 @@ class Toll(Verbs, AnomalibModule):
         self.val_loss, self.val_reconstruction, self.val_latent = MeanMetric(), MeanMetric(), MeanMetric()
         self._image_size = image_size
         self._own_network = modules != (None, None)
-        self._best_weights = RestoreBestWeights("val_loss") if restore_best_weights else None
+        self._best_weights = RestoreBestWeights("val_loss" if restore_best_weights else None)
         self._guard: DivergenceGuard | None = None
         self._train_sums, self._train_count = torch.zeros(3, dtype=torch.float64), 0
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """No sanity check, which would set a threshold from untrained scores; ``max_epochs`` if given."""
+        """No validation before training, which would set thresholds from untrained scores; ``max_epochs`` if given."""
         return {"num_sanity_val_steps": 0} | ({} if self.max_epochs is None else {"max_epochs": self.max_epochs})
 
     @staticmethod
@@ -183,12 +182,9 @@ class Toll(Verbs, AnomalibModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Those of anomalib, model selection, and early stopping where the trainer has none."""
-        callbacks = list(super().configure_callbacks())
-        if self._best_weights is not None:
-            callbacks.append(self._best_weights)
-        callbacks_there = self.trainer.callbacks
-        theirs = [c for c in callbacks_there if isinstance(c, EarlyStopping) and not isinstance(c, _StopByValLoss)]
-        if self.patience is not None and not theirs:
+        callbacks = [*super().configure_callbacks(), self._best_weights]
+        stopping = [c for c in self.trainer.callbacks if isinstance(c, EarlyStopping)]
+        if self.patience is not None and all(isinstance(c, _StopByValLoss) for c in stopping):
             # Not strict: without a validation split there is no val_loss, and nothing to stop by.
             callbacks.append(_StopByValLoss("val_loss", patience=self.patience, strict=False))
         return callbacks
@@ -198,20 +194,9 @@ class Toll(Verbs, AnomalibModule):
         return torch.optim.Adam(self.model.parameters(), lr=self.lr)
 
     def on_fit_start(self) -> None:
-        """Start watching for divergence; measure the scaling's range if it was left open."""
+        """Start watching for divergence."""
         super().on_fit_start()
         self._guard = DivergenceGuard(self.model)
-        if isinstance(self.pre_processor, TollPreProcessor) and self.pre_processor.is_open:
-            self.pre_processor.close(self._measured_range(self.pre_processor))
-            _logger.info("scaling_range of the training images: %s", self.pre_processor.scaling_range)
-
-    def _measured_range(self, pre_processor: TollPreProcessor) -> tuple[float, float]:
-        self.trainer.fit_loop.setup_data()  # before any batch is scaled, so before Lightning does it
-        ranges = [pre_processor.measure(batch.image) for batch in self.trainer.train_dataloader]
-        low, high = torch.tensor(ranges, device=self.trainer.strategy.root_device).T
-        # Each process has its share of the images.
-        found = self.all_gather(torch.stack([low.min(), -high.max()])).view(-1, 2).amin(dim=0)
-        return float(found[0]), -float(found[1])
 
     def on_train_epoch_start(self) -> None:
         """Remember the weights in case the epoch diverges."""
@@ -223,24 +208,32 @@ class Toll(Verbs, AnomalibModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch of normal images.
 
+        The step waits for the device once, to read its loss. Pixels are looked at only where the loss is not
+        finite, which is what a pixel that is not finite makes it.
+
         Raises:
-            ValueError: If an image is not finite or does not fit the network.
-            DivergenceError: If the loss is not finite; the weights of the epoch's start are
-                put back.
+            ValueError: If an image does not fit the network or is not finite; it names the latter, and the
+                weights of the epoch's start are put back.
+            DivergenceError: If the loss is not finite though the images are; the weights of the epoch's
+                start are put back.
         """
         del batch_idx
         with batch_norm_fits(self.model, len(batch.image)):
-            terms: TollTerms = self.model(batch.image, batch.image_path)
-        loss = self.model.loss.score(terms).mean()
-        means = torch.stack([loss, terms.reconstruction.mean(), terms.latent.mean()]).detach().cpu().double()
+            terms = self.model.reconstruct(batch.image).terms
+        loss: Tensor = self.model.loss.score(terms).mean()
+        means = torch.stack([loss, terms.reconstruction.mean(), terms.latent.mean()]).detach().tolist()
         if self._guard is not None:
-            self._guard.check(self.global_step, **dict(zip(_TRAIN_LOGS, means.tolist(), strict=True)))
-        self._train_sums += means * len(batch.image)
+            try:
+                self._guard.check(self.global_step, **dict(zip(_TRAIN_LOGS, means, strict=True)))
+            except DivergenceError:
+                check_finite(batch.image, batch.image_path)
+                raise
+        self._train_sums += torch.tensor(means, dtype=torch.float64) * len(batch.image)
         self._train_count += len(batch.image)
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's means; Lightning's logging at each step costs more than a small network's step."""
+        """Log the epoch's means. At each step Lightning's logging would cost more than a small network's step."""
         super().on_train_epoch_end()
         means = (self._train_sums / self._train_count).float().to(self.device)
         self.log_dict(dict(zip(_TRAIN_LOGS, means, strict=True)), prog_bar=True, sync_dist=True)
@@ -248,31 +241,33 @@ class Toll(Verbs, AnomalibModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Predictions of a batch, and the loss of its normal images."""
         del batch_idx
-        x, reconstruction, terms = self.model.reconstruct(batch.image, batch.image_path)
+        found = self.model.reconstruct(batch.image, batch.image_path)
         normal = is_normal(batch)
         if normal.any():
-            self.val_loss.update(self.model.loss.score(terms)[normal])
-            self.val_reconstruction.update(terms.reconstruction[normal])
-            self.val_latent.update(terms.latent[normal])
-        return batch.update(**self.model.predict(x, reconstruction, terms)._asdict())
+            self.val_loss.update(self.model.loss.score(found.terms)[normal])
+            self.val_reconstruction.update(found.terms.reconstruction[normal])
+            self.val_latent.update(found.terms.latent[normal])
+        return batch.update(**self.model.predict(found)._asdict())
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val_loss`` and its terms, where there was a normal image."""
+        """Log ``val_loss`` and its terms, where there was a normal image.
+
+        Raises:
+            DivergenceError: In a fit, if one is not finite; the weights of the epoch's start are put back.
+        """
         super().on_validation_epoch_end()
-        for name in ("val_loss", "val_reconstruction", "val_latent"):
+        if not updated_anywhere(self.val_loss)[0]:
+            return
+        for name in _VALIDATION_LOGS:
             metric: MeanMetric = getattr(self, name)
-            # All processes have to compute, or those that do wait for the others.
-            if metric.update_called or self.trainer.world_size > 1:
-                value = metric.compute()
-                if bool(value.isnan()) and not metric.update_called:
-                    continue  # no process has seen a normal image
-                if self._guard is not None:
-                    self._guard.check(self.global_step, **{name: float(value)})
-                self.log(name, value, prog_bar=name == "val_loss")
-                metric.reset()
+            value = metric.compute()
+            metric.reset()
+            if self._guard is not None:
+                self._guard.check(self.global_step, **{name: float(value)})
+            self.log(name, value, prog_bar=name == "val_loss")
 
     def on_fit_end(self) -> None:
-        """Look for the method's failure signatures in the weights that were chosen."""
+        """Warn where the chosen weights fail in one of the ways of :class:`toll_plugin.core.CollapseMonitor`."""
         super().on_fit_end()
         if self._guard is not None:
             self._guard.keep(self.global_step)
@@ -287,21 +282,21 @@ class Toll(Verbs, AnomalibModule):
         monitor = CollapseMonitor()
         with evaluating(self.model), torch.no_grad():
             for batch in validation_batches(self):
-                x, _, terms = self.model.reconstruct(batch.image)
-                monitor.update(x, terms, ~is_normal(batch), exponent=self.model.loss.exponent)
+                found = self.model.reconstruct(batch.image)
+                monitor.update(found.x, found.terms, ~is_normal(batch), exponent=self.model.loss.exponent)
         # Where the score has no latent term it need not separate anything.
         scored = self.model.loss.beta > 0 and self.model.score_term != "reconstruction"
         return [f for f in monitor.findings() if scored or f.signature != "latent_does_not_separate"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Choose the weights, and note what hyperparameters cannot hold."""
+        """Store the best weights, and whether encoder and decoder were passed."""
         super().on_save_checkpoint(checkpoint)
-        if self._best_weights is not None and self._trainer is not None:
+        if self._trainer is not None:
             self._best_weights.on_save_checkpoint(self.trainer, self, checkpoint)
         checkpoint[_OWN_NETWORK] = self._own_network
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what the model cannot become, and fit it to what it can.
+        """Restore what the base classes store.
 
         Raises:
             ValueError: If the checkpoint was trained with modules that were not passed.
@@ -313,10 +308,7 @@ class Toll(Verbs, AnomalibModule):
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
-        resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if resumes and self._best_weights is None and TRAINING_STATE in checkpoint:
-            checkpoint["state_dict"] = checkpoint[TRAINING_STATE]
 
 
 class _StopByValLoss(EarlyStopping):
-    """The model's own early stopping, told apart from a user's."""
+    """The model's own early stopping, told apart from a user's. Its name is a key in checkpoints."""

@@ -1,9 +1,9 @@
-"""The torch model: a network by name, and images in, terms or a score and an anomaly map out."""
+"""Toll's torch model: from scaled images to the loss's terms in training, to scores and anomaly maps after it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -14,7 +14,7 @@ from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, check_input
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
 
-__all__ = ["NetworkName", "TollModel", "build_network", "check_finite", "plain"]
+__all__ = ["NetworkName", "Reconstruction", "TollModel", "build_network", "check_finite", "plain"]
 
 NetworkName = Literal["conv", "paper28", "paper32"]
 
@@ -54,6 +54,20 @@ def build_network(
     return paper
 
 
+class Reconstruction(NamedTuple):
+    """What a network made of a batch of N images.
+
+    Attributes:
+        x: What the network was shown, shape ``(N, C, H, W)``.
+        x_hat: What its decoder returned, the same shape.
+        terms: The loss's two terms of each image, shape ``(N,)``.
+    """
+
+    x: Tensor
+    x_hat: Tensor
+    terms: TollTerms[Tensor]
+
+
 class TollModel(nn.Module):
     r"""An autoencoder, the objective it is trained with, and the score and map it gives.
 
@@ -71,7 +85,10 @@ class TollModel(nn.Module):
         :math:`\text{score} = \|\text{map}\| + \beta\|z\|` at exponent 1.
 
     Raises:
-        ValueError: If images have another size or channel count, or are not finite.
+        ValueError: If images have another size or channel count than the network takes, or, in evaluation
+            mode, are not finite. In training mode an image that is not finite has a reconstruction term that
+            is not finite: looking at the pixels first would make each step wait for the device, see
+            :meth:`Toll.training_step`.
 
     Example:
         >>> import torch
@@ -88,21 +105,21 @@ class TollModel(nn.Module):
         self.loss = loss
         self.score_term = score_term
 
-    def forward(self, images: Tensor, names: Sequence[str] | None = None) -> TollTerms | InferenceBatch:
-        """Terms in training mode, predictions in evaluation mode; ``names`` are for error messages."""
-        x, reconstruction, terms = self.reconstruct(images, names)
-        return terms if self.training else self.predict(x, reconstruction, terms)
+    def forward(self, images: Tensor, names: Sequence[str] | None = None) -> TollTerms[Tensor] | InferenceBatch:
+        """:meth:`reconstruct`, then the terms in training mode or :meth:`predict` in evaluation mode."""
+        found = self.reconstruct(images, names)
+        return found.terms if self.training else self.predict(found)
 
-    def reconstruct(self, images: Tensor, names: Sequence[str] | None = None) -> tuple[Tensor, Tensor, TollTerms]:
-        """What the network was shown, what it made of it, and the terms of both."""
+    def reconstruct(self, images: Tensor, names: Sequence[str] | None = None) -> Reconstruction:
+        """Show images to the network; ``names``, one per image, are for error messages."""
         x = self._as_input(images, names)
-        reconstruction, latent = self.network(x)
-        return x, reconstruction, self.loss.terms(x, reconstruction, latent)
+        x_hat, latent = self.network(x)
+        return Reconstruction(x, x_hat, self.loss.terms(x, x_hat, latent))
 
-    def predict(self, x: Tensor, reconstruction: Tensor, terms: TollTerms) -> InferenceBatch:
+    def predict(self, found: Reconstruction) -> InferenceBatch:
         """Score and anomaly map from what :meth:`reconstruct` returned."""
-        residual = (x - reconstruction).square().sum(dim=1, keepdim=True).sqrt()
-        return InferenceBatch(pred_score=self.loss.score(terms, self.score_term), anomaly_map=residual)
+        residual = (found.x - found.x_hat).square().sum(dim=1, keepdim=True).sqrt()
+        return InferenceBatch(pred_score=self.loss.score(found.terms, self.score_term), anomaly_map=residual)
 
     def _as_input(self, images: Tensor, names: Sequence[str] | None) -> Tensor:
         x = plain(images)
@@ -111,20 +128,21 @@ class TollModel(nn.Module):
             x = x.mean(dim=1, keepdim=True)
         if not torch.compiler.is_compiling():
             check_input(self.network, x)
-            check_finite(x, names)
+            if not self.training:
+                check_finite(x, names)
         return x
 
 
 def plain(images: Tensor) -> Tensor:
-    """``images`` as a plain tensor: tv_tensors dispatch every operation through Python."""
+    """``images`` as a plain tensor, which is faster: every operation on a ``TVTensor`` passes through Python."""
     return images.as_subclass(Tensor) if isinstance(images, TVTensor) else images
 
 
 def check_finite(images: Tensor, names: Sequence[str] | None) -> None:
-    """Refuse images of which some are not finite.
+    """Refuse a batch in which an image has a NaN or infinite pixel. Waits for the images' device.
 
     Raises:
-        ValueError: If so; it says which, by name or position in the batch.
+        ValueError: If there is one; it says which, by name or by position in the batch.
     """
     if not bool(images.isfinite().all()):
         bad = [i for i, image in enumerate(images) if not bool(image.isfinite().all())]

@@ -84,6 +84,10 @@ class TableModel:
             for network in networks
         ]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is computed from the networks is left out of pickles, so that they name no module that may move.
+        return type(self), (self.scaling, self.networks, self.loss, self.metric, self.score_term)
+
     def score(self, x: NDArray[Any]) -> Floats:
         """Anomaly scores ``(N,)`` of raw rows ``(N, n_features)``; higher is more anomalous."""
         scores = np.zeros(len(x))
