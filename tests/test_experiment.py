@@ -327,7 +327,7 @@ def test_table_methods(odds, name):
 @pytest.mark.parametrize("weight", [0.5, 0.0])
 def test_the_term_of_collapsed_detectors_joins_their_hosts_score(odds, weight):
     split = split_of("odds", "t", root=odds)
-    given = {"epoch_num": 2, "collapse_weight": 0.5, "collapse_score_weight": weight}
+    given = {"epoch_num": 2, "batch_size": 8, "collapse_weight": 0.5, "collapse_score_weight": weight}
     detector = build("table", "CollapsedAutoEncoder", Budget(), 0, given)
     detector.fit(split)
     found = detector.score(split.test)
