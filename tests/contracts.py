@@ -60,6 +60,9 @@ class AnomalibModelContract:
     #: Validation of normal images only (label-free), and the test as anomalib has it.
     data_arguments: dict[str, Any] = {"val_split_mode": "from_train", "val_split_ratio": 0.25, "seed": 0}  # noqa: RUF012
 
+    #: What a validation logs.
+    validation_logs: frozenset[str] = frozenset()
+
     #: What keeps the benchmark, which has no trainer section, short.
     brief: dict[str, Any] = {"max_epochs": 1}  # noqa: RUF012
 
@@ -105,6 +108,7 @@ class AnomalibModelContract:
     def test_validate(self, trained, mvtec_root, tmp_path):
         checkpoint = trained[-1]
         logged = engine(tmp_path).validate(self.build(), datamodule=self.data(mvtec_root), ckpt_path=checkpoint)
+        assert set(logged[0]) == self.validation_logs
         assert all(math.isfinite(value) for value in logged[0].values())
 
     def test_predict(self, trained, mvtec_root, tmp_path):
