@@ -91,7 +91,8 @@ def beginning(line: str) -> str | None:
 def parameters(page: str) -> list[object]:
     """The blocks of a page as parameters of a test."""
     return [
-        pytest.param(kind, code, id=f"{i}-{code.splitlines()[0][:60]}") for i, (kind, code) in enumerate(blocks(page))
+        pytest.param(kind, code, id=f"{Path(page).stem}-{i}-{code.splitlines()[0][:60]}")
+        for i, (kind, code) in enumerate(blocks(page))
     ]
 
 
