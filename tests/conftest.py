@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -58,3 +59,14 @@ def mvtec_root(tmp_path_factory) -> Path:
         draw(root / f"part/test/good/{i:03d}.png", rng, bad=False)
         draw(root / f"part/test/spot/{i:03d}.png", rng, bad=True)
     return root
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, mvtec_root) -> Iterator[Path]:
+    """A folder in which the commands of the README and of the pages find what they read."""
+    from page_blocks import make_clone
+
+    folder = tmp_path_factory.mktemp("clone")
+    with pytest.MonkeyPatch.context() as monkeypatch:  # torchvision is told the checksums of the small CIFARs
+        make_clone(folder, mvtec_root, monkeypatch)
+        yield folder

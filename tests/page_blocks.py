@@ -91,7 +91,8 @@ def beginning(line: str) -> str | None:
 def parameters(page: str) -> list[object]:
     """The blocks of a page as parameters of a test."""
     return [
-        pytest.param(kind, code, id=f"{i}-{code.splitlines()[0][:60]}") for i, (kind, code) in enumerate(blocks(page))
+        pytest.param(kind, code, id=f"{Path(page).stem}-{i}-{code.splitlines()[0][:60]}")
+        for i, (kind, code) in enumerate(blocks(page))
     ]
 
 
@@ -143,6 +144,8 @@ def _run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert key is not None or not line.startswith((_BENCHMARKS, "anomalib train ")), f"SMALL has nothing for {line}"
     if key is not None:
         line += SMALL[key]
+    if line.startswith(_BENCHMARKS):
+        line += " --output out.json"  # by default it would take the place of the committed record
     words = shlex.split(line)
     if line.startswith("anomalib "):
         monkeypatch.setattr(sys, "argv", words)

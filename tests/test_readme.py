@@ -1,4 +1,4 @@
-"""Every block of the README runs, in its order and as it stands there; so do those of the benchmarks' README."""
+"""Every block of the README runs, in its order, and its links and table are in order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from page_blocks import ROOT, SMALL, beginning, blocks, lines, make_clone, parameters, run_block
+from page_blocks import ROOT, blocks, lines, parameters, run_block
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -15,16 +15,7 @@ else:
 
 README = "README.md"
 TEXT = (ROOT / README).read_text(encoding="utf-8")
-PAGES = ["benchmarks/README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks/results").glob("*.md"))]
 BLOB = "https://github.com/toll-plugin/toll_plugin/blob/main/"
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory, mvtec_root):
-    folder = tmp_path_factory.mktemp("clone")
-    with pytest.MonkeyPatch.context() as monkeypatch:  # torchvision is told the checksums of the small CIFARs
-        make_clone(folder, mvtec_root, monkeypatch)
-        yield folder
 
 
 @pytest.mark.parametrize(("kind", "code"), parameters(README))
@@ -34,23 +25,6 @@ def test_block(kind, code, clone, monkeypatch, capfd):
     run_block(kind, code, clone, monkeypatch)
     if "anomalib train" in code or "anomalib test" in code:
         assert "image_AUROC" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_blocks_of_the_benchmarks_pages(page, clone, monkeypatch):
-    for kind, code in blocks(page):
-        run_block(kind, code, clone, monkeypatch)
-
-
-def test_what_runs_small_is_on_a_page():
-    written = {beginning(line) for page in (README, *PAGES) for kind, code in blocks(page) for line in lines(code)}
-    if (ROOT / PAGES[0]).exists():
-        assert SMALL.keys() <= written, SMALL.keys() - written
-
-
-def test_an_unknown_command_fails(tmp_path, monkeypatch):
-    with pytest.raises(AssertionError, match="SMALL has nothing for python -m benchmarks unheard_of"):
-        run_block("bash", "python -m benchmarks unheard_of --jobs 2\n", tmp_path, monkeypatch)
 
 
 def test_there_are_blocks_for_every_user():
