@@ -11,12 +11,11 @@ from torch import Tensor
 from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding
 from toll_plugin.core.modes import evaluating
-from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import TollTerms
 from toll_plugin.core.patches.model import PatchAutoencoder
 from toll_plugin.core.rows import Rows, RowSubset
 from toll_plugin.core.threads import fork_safe
-from toll_plugin.core.training.fit import History, train, train_ensemble
+from toll_plugin.core.training.fit import History, train
 from toll_plugin.core.training.loop import OnEpoch
 from toll_plugin.core.training.optimizers import cosine_adam
 from toll_plugin.core.training.options import TrainingOptions
@@ -92,28 +91,16 @@ def fit_patches(
             model.project_on(model.standardise(rows[order[:_ENOUGH]].to(device)))
         data, validation_data = RowSubset(rows, order, prepare), RowSubset(validation, held_out, prepare)
         with fork_safe():
-            if isinstance(model.network, DenseAutoencoder) and device.type == "cpu":
-                trained = train_ensemble(
-                    [model.network],
-                    data,
-                    model.loss,
-                    options,
-                    validation=validation_data,
-                    generator=generator,
-                    progress=progress,
-                    on_epoch=on_epoch,
-                )
-            else:
-                trained = train(
-                    model.network,
-                    data,
-                    model.loss,
-                    options,
-                    validation=validation_data,
-                    generator=generator,
-                    progress=progress,
-                    on_epoch=on_epoch,
-                )
+            trained = train(
+                [model.network],
+                data,
+                model.loss,
+                options,
+                validation=validation_data,
+                generator=generator,
+                progress=progress,
+                on_epoch=on_epoch,
+            )
     return trained.histories[0]
 
 

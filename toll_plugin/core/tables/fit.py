@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_option
-from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import ScoreTerm, TollLoss
 from toll_plugin.core.rows import Rows
 from toll_plugin.core.tables.metric import ResidualMetric
 from toll_plugin.core.tables.model import TableModel
 from toll_plugin.core.tables.rows import Preprocessing, TableRows
 from toll_plugin.core.threads import fork_safe, one_thread
-from toll_plugin.core.training.fit import train, train_ensemble
+from toll_plugin.core.training.fit import train, written_out
 from toll_plugin.core.training.loop import History, OnEpoch
 from toll_plugin.core.training.options import TrainingOptions
 
@@ -184,46 +183,23 @@ def fit_table(
     data = _kept(TableRows(x, split.training, scaling, device))
     held_out = _kept(TableRows(x, split.validation, scaling, device)) if len(split.validation) else None
     members = [network.to(device) for network in networks]
-    dense = [network for network in members if isinstance(network, DenseAutoencoder)]
-    together = len(dense) == len(members) and device.type == "cpu"
-    states = list(optimizers) or [None] * (1 if together else len(members))
-    if together:
-        with one_thread():
-            trained = [
-                train_ensemble(
-                    dense,
-                    data,
-                    loss,
-                    options,
-                    validation=held_out,
-                    generator=generator,
-                    progress=progress,
-                    on_epoch=on_epoch,
-                    optimizer=states[0],
-                )
-            ]
-    else:
-        with fork_safe():
-            trained = [
-                train(
-                    network,
-                    data,
-                    loss,
-                    options,
-                    validation=held_out,
-                    generator=generator,
-                    progress=progress,
-                    on_epoch=on_epoch,
-                    optimizer=state,
-                )
-                for network, state in zip(members, states, strict=True)
-            ]
+    with one_thread() if written_out(members) else fork_safe():
+        trained = train(
+            members,
+            data,
+            loss,
+            options,
+            validation=held_out,
+            generator=generator,
+            progress=progress,
+            on_epoch=on_epoch,
+            optimizers=optimizers,
+        )
     model = TableModel(scaling, [network.cpu() for network in members], loss, score_term=score_term)
     if metric == "mahalanobis":
         with one_thread():
             model.metric = ResidualMetric.of(model.residuals(x, split.measured))
-    histories = [history for one in trained for history in one.histories]
-    return FittedTable(model, histories, [one.optimizer for one in trained])
+    return FittedTable(model, trained.histories, trained.optimizers)
 
 
 def _kept(rows: TableRows) -> Rows | Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -257,6 +258,15 @@ class DenseLearner(Learner):
     def update(self) -> None:
         self.ensemble.flat.grad = self.ensemble.gradient  # an optimiser may have let it go
         self.optimizer.step()
+
+    @override
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        try:
+            with np.errstate(all="ignore"):  # what diverges is reported by the loop
+                yield
+        finally:
+            self.ensemble.write_back()
 
     @override
     @torch.no_grad()

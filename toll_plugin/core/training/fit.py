@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_integer
-from toll_plugin.core.modes import evaluating, training
+from toll_plugin.core.modes import evaluating
 from toll_plugin.core.networks import DenseAutoencoder, check_input
 from toll_plugin.core.objective import TollLoss, TollTerms
 from toll_plugin.core.rows import Rows
 from toll_plugin.core.training.ensemble import DenseLearner
-from toll_plugin.core.training.learners import AutogradLearner
+from toll_plugin.core.training.learners import AutogradLearner, Learner
 from toll_plugin.core.training.loop import History, Loop, OnEpoch
 from toll_plugin.core.training.optimizers import MakeOptimizer
 from toll_plugin.core.training.options import Patience, TrainingOptions
 
-__all__ = ["History", "Trained", "fit", "fit_ensemble", "terms_of", "train", "train_ensemble"]
+__all__ = ["History", "Trained", "fit", "fit_ensemble", "terms_of", "train", "written_out"]
 
 
 class Trained(NamedTuple):
@@ -28,11 +27,11 @@ class Trained(NamedTuple):
 
     Attributes:
         histories: One for each network.
-        optimizer: The optimiser's state, with which a later fit can go on.
+        optimizers: States of the optimisers, with which a later fit can go on.
     """
 
     histories: list[History]
-    optimizer: dict[str, Any] | None
+    optimizers: list[dict[str, Any] | None]
 
 
 def terms_of(network: nn.Module, x: Tensor, loss: TollLoss, *, batch_size: int = 1024) -> TollTerms[Tensor]:
@@ -135,10 +134,9 @@ def fit(
         noise=noise,
         input_limit=input_limit,
     )
-    trained = train(
-        network, x, loss, options, validation=validation, generator=generator, progress=progress, on_epoch=on_epoch
-    )
-    return trained.histories[0]
+    learner = AutogradLearner(network, loss, options.make_optimizer())
+    (history,) = _run(learner, x, loss, options, validation, generator, progress, on_epoch).histories
+    return history
 
 
 def fit_ensemble(
@@ -192,14 +190,22 @@ def fit_ensemble(
         noise=noise,
         input_limit=input_limit,
     )
-    trained = train_ensemble(
-        networks, x, loss, options, validation=validation, generator=generator, progress=progress, on_epoch=on_epoch
-    )
-    return trained.histories
+    generator = generator or torch.Generator().manual_seed(0)
+    learner = DenseLearner(networks, loss, options.make_optimizer(), generator)
+    return _run(learner, x, loss, options, validation, generator, progress, on_epoch).histories
+
+
+def written_out(networks: Sequence[nn.Module]) -> bool:
+    """Whether the networks are dense autoencoders on the CPU, which train together by a step that is written out."""
+    return all(isinstance(network, DenseAutoencoder) and _on_cpu(network) for network in networks)
+
+
+def _on_cpu(network: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in network.parameters())
 
 
 def train(
-    network: nn.Module,
+    networks: Sequence[nn.Module],
     x: Tensor | Rows,
     loss: TollLoss,
     options: TrainingOptions,
@@ -208,37 +214,37 @@ def train(
     generator: torch.Generator | None = None,
     progress: bool = False,
     on_epoch: OnEpoch | None = None,
-    optimizer: dict[str, Any] | None = None,
+    optimizers: Sequence[dict[str, Any] | None] = (),
 ) -> Trained:
-    """:func:`fit` by options that are one object; ``optimizer`` is the state to go on with."""
+    """Train networks by options that are one object: together if they are :func:`written_out`, else one by one.
+
+    ``optimizers`` is what an earlier call returned by that name, to go on with; the samples and the other
+    arguments are those of :func:`fit`.
+    """
     generator = generator or torch.Generator().manual_seed(0)
-    learner = AutogradLearner(network, loss, options.make_optimizer())
-    learner.resume(optimizer)
-    with torch.enable_grad(), training(network):
-        histories = Loop(learner, loss, x, validation, options, generator).run(progress, on_epoch)
-    return Trained(histories, learner.optimizer_state())
+    make = options.make_optimizer()
+    learners: list[Learner] = (
+        [DenseLearner(cast("Sequence[DenseAutoencoder]", networks), loss, make, generator)]
+        if written_out(networks)
+        else [AutogradLearner(network, loss, make) for network in networks]
+    )
+    for learner, state in zip(learners, optimizers, strict=bool(optimizers)):
+        learner.resume(state)
+    parts = [_run(learner, x, loss, options, validation, generator, progress, on_epoch) for learner in learners]
+    return Trained([h for part in parts for h in part.histories], [s for part in parts for s in part.optimizers])
 
 
-def train_ensemble(
-    networks: Sequence[DenseAutoencoder],
+def _run(
+    learner: Learner,
     x: Tensor | Rows,
     loss: TollLoss,
     options: TrainingOptions,
-    *,
-    validation: Tensor | Rows | None = None,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
-    on_epoch: OnEpoch | None = None,
-    optimizer: dict[str, Any] | None = None,
+    validation: Tensor | Rows | None,
+    generator: torch.Generator | None,
+    progress: bool,
+    on_epoch: OnEpoch | None,
 ) -> Trained:
-    """:func:`fit_ensemble` by options that are one object; ``optimizer`` is the state to go on with."""
-    generator = generator or torch.Generator().manual_seed(0)
-    learner = DenseLearner(networks, loss, options.make_optimizer(), generator)
-    learner.resume(optimizer)
-    loop = Loop(learner, loss, x, validation, options, generator)
-    try:
-        with torch.enable_grad(), np.errstate(all="ignore"):  # what diverges is reported by the loop
-            histories = loop.run(progress, on_epoch)
-    finally:
-        learner.ensemble.write_back()
-    return Trained(histories, learner.optimizer_state())
+    loop = Loop(learner, loss, x, validation, options, generator or torch.Generator().manual_seed(0))
+    with torch.enable_grad(), learner.training():
+        histories = loop.run(progress, on_epoch)
+    return Trained(histories, [learner.optimizer_state()])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from toll_plugin.core.modes import batch_norm_fits, evaluating
+from toll_plugin.core.modes import batch_norm_fits, evaluating, training
 from toll_plugin.core.objective import TollLoss, TollTerms
 from toll_plugin.core.training.optimizers import MakeOptimizer, Optimizer
 
@@ -41,6 +42,10 @@ class Learner(ABC):
     @abstractmethod
     def update(self) -> None:
         """Move the weights by the last gradients."""
+
+    @abstractmethod
+    def training(self) -> AbstractContextManager[None]:
+        """The block in which the networks are trained; after it they hold what they have learned."""
 
     @abstractmethod
     def terms(self, inputs: Tensor, targets: Tensor) -> TollTerms[Tensor]:
@@ -97,6 +102,10 @@ class AutogradLearner(Learner):
     @override
     def update(self) -> None:
         self.optimizer.step()
+
+    @override
+    def training(self) -> AbstractContextManager[None]:
+        return training(self.module)
 
     @override
     @torch.no_grad()
