@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from benchmarks.run.store import Run
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-Run = dict[str, Any]
 
 #: What identifies a part of a data set; methods are compared on the same ones.
 BLOCK = ["dataset", "part"]

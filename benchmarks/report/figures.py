@@ -10,9 +10,9 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 from benchmarks.report import plots
-from benchmarks.report.comparison import Run
 from benchmarks.report.style import STYLE, colors
 from benchmarks.report.variants import families
+from benchmarks.run.store import Run
 
 
 class Drawing(NamedTuple):

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.report.comparison import Run
 from benchmarks.report.style import COLORS, INK, MUTED
-from benchmarks.run.store import RESULTS, read, whole
+from benchmarks.run.store import RESULTS, Run, read, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure

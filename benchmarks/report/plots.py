@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.report import comparison
-from benchmarks.report.comparison import BLOCK, Run
+from benchmarks.report.comparison import BLOCK
 from benchmarks.report.style import COLORS, DASHES, INK, MUTED, colors, curves, legend_below, new_figure, shorten, wrap
 from benchmarks.report.variants import Family
+from benchmarks.run.store import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,9 +8,8 @@ import statistics
 from pathlib import Path
 
 from benchmarks.report import comparison
-from benchmarks.report.comparison import Run
 from benchmarks.report.report import markdown_table
-from benchmarks.run.store import RESULTS, read, whole
+from benchmarks.run.store import RESULTS, Run, read, whole
 from benchmarks.run.tables import markdown
 
 README = Path(__file__).parents[2] / "README.md"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import comparison, tables
-from benchmarks.report.comparison import Group, Run
-from benchmarks.run.store import CONFIGURATION, RESULTS, Experiment, collected, read, whole
+from benchmarks.report.comparison import Group
+from benchmarks.run.store import CONFIGURATION, RESULTS, Experiment, Run, collected, read, whole
 from benchmarks.run.tables import markdown
 
 if TYPE_CHECKING:

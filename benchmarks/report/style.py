@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import comparison
-from benchmarks.report.comparison import Run
+from benchmarks.run.store import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

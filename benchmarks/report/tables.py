@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.report import comparison
-from benchmarks.report.comparison import Difference, Group, Run
+from benchmarks.report.comparison import Difference, Group
 from benchmarks.report.published import PUBLISHED
 from benchmarks.report.variants import choose_without_labels, families
+from benchmarks.run.store import Run
 
 if TYPE_CHECKING:
     from pandas import Series

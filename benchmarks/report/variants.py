@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.report.comparison import BLOCK, Run, dataset_of, signed_rank
+from benchmarks.report.comparison import BLOCK, dataset_of, signed_rank
+from benchmarks.run.store import Run
 
 
 class Family(NamedTuple):

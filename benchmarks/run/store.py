@@ -19,8 +19,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from benchmarks.report.comparison import Run
-
 RESULTS = Path(__file__).parents[1] / "results"
 
 PACKAGES = (
@@ -40,6 +38,8 @@ PACKAGES = (
 CONFIGURATION = ("label", "method", "kind", "dataset", "part", "protocol", "seed")
 
 Configuration = dict[str, Any]
+#: What was measured in one run, with its configuration and provenance.
+Run = dict[str, Any]
 
 
 # --- provenance
