@@ -52,8 +52,10 @@ SMALL = {
     f"{_BENCHMARKS}run bottleneck": _IMAGES,
     f"{_BENCHMARKS}run selfsupervised": _small("{digits: {parts: [8]}}", "Rotations"),
     f"{_BENCHMARKS}run images": _small("{mnist: {parts: [3]}}", "Toll, KNN"),
-    f"{_BENCHMARKS}run tables --jobs": _small("{odds: {root: ODDS, parts: [small]}}", "TollDetector, KNN"),
-    f"{_BENCHMARKS}run contaminated": _small("{odds: {root: ODDS, parts: [small]}}", "TollDetector"),
+    f"{_BENCHMARKS}run tables --jobs": _small(
+        "{odds: {root: ODDS, parts: [small]}}", "{TollDetector: {max_steps: 50}}, KNN"
+    ),
+    f"{_BENCHMARKS}run contaminated": _small("{odds: {root: ODDS, parts: [small]}}", "{TollDetector: {max_steps: 50}}"),
     f"{_BENCHMARKS}run inspection": _small(
         "{mvtec: {root: MVTecAD, parts: [part], image_size: 32}}", "GANomaly, Toll, KNN"
     ),
