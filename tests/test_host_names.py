@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from functools import cache
 from pathlib import Path
 from pydoc import locate
 
@@ -34,8 +35,13 @@ HOSTS = (
 
 def _has(kind, name):
     """Whether a class or one of its bases defines ``name``, or sets it on its objects."""
+    return hasattr(kind, name) or f".{name}" in _set_on_objects(kind)
+
+
+@cache
+def _set_on_objects(kind):
     sources = (inspect.getsource(base) for base in kind.__mro__ if base.__module__ != "builtins")
-    return hasattr(kind, name) or any(re.search(rf"self\.{name}\b", source) for source in sources)
+    return {name for source in sources for name in re.findall(r"\bself(\.\w+)", source)}
 
 
 @pytest.mark.parametrize("private", PRIVATE_NAMES, ids=lambda private: private.name)

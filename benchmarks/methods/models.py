@@ -112,8 +112,8 @@ def _predict(model: Any, images: Tensor) -> dict[str, Tensor | None]:
 
 
 def _predict_toll(model: Any, images: Tensor) -> dict[str, Tensor | None]:
-    shown, reconstruction, terms = model.model.reconstruct(images)
-    found = model.model.predict(shown, reconstruction, terms)
+    made = model.model.reconstruct(images)
+    found, terms = model.model.predict(made), made.terms
     return {"scores": found.pred_score, "maps": found.anomaly_map, **terms._asdict()}
 
 

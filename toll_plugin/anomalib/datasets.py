@@ -30,6 +30,7 @@ class TensorImageDataset(AnomalibDataset):
         augmentations: Transforms applied per image.
 
     Example:
+        >>> import torch
         >>> data = TensorImageDataset(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.bool))
         >>> tuple(data[0].image.shape), int(data[0].gt_label)
         ((3, 8, 8), 0)
