@@ -27,6 +27,8 @@ class RestoreBestWeights(Callback):
     Both sets of weights are kept in the CPU's memory: the best until the end of the fit, the last until
     the next fit, for checkpoints that are saved in between.
 
+    To keep such files, write ``anomalib.callbacks.ModelCheckpoint`` in a YAML: its short name is ambiguous there.
+
     Args:
         monitor: Name of a logged value, lower is better. Where it is never logged (no
             validation split) the last weights stay. With ``None`` nothing is chosen, and all that is left

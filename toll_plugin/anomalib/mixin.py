@@ -33,6 +33,11 @@ class TargetedCollapseMixin(TargetedCollapseBase):
     sees it, in every verb and every export. Images that are labelled anomalous are left out of the
     loss. The anomaly map is the host's. With both weights 0 the host is untouched, to the last bit.
     The host's ``self.model`` has to return an ``InferenceBatch`` when it scores, as anomalib's do.
+    A network that ``torch.compile`` has compiled runs uncompiled while its layer is watched.
+
+    Ten models of anomalib are ready-made. STFPM, L2BT, FoundAD, GeneralAD and CFM are not, because nothing
+    in them is a bottleneck, nor is CFA, whose descriptors have centres of their own; with a
+    ``collapse_layer`` of yours the mixin takes these as well.
 
     Args:
         collapse_weight: ``w`` in the loss, in units of the host's loss per unit of the latent, at

@@ -32,8 +32,9 @@ class TargetedCollapseMixin(TargetedCollapseBase):
     Detectors built on PyOD's ``BaseDeepLearningDetector`` get the term in the criterion of each
     step and in the scores of each batch. Detectors that train inside their own ``fit`` need
     ``collapse_network``; their weights then move as if the term were in the loss, which they do not
-    report, and by which they do not choose an epoch. With both weights 0 the host is untouched,
-    to the last bit.
+    report, and by which they do not choose an epoch. That works where ``fit`` trains one network with one call
+    of the layer per step, as in AE1SVM and Deep SVDD, and not in LUNAR, ALAD or AnoGAN. With both
+    weights 0 the host is untouched, to the last bit.
 
     Args:
         *args: Arguments of the host.
