@@ -22,12 +22,11 @@ class RestoreBestWeights(Callback):
     After ``fit`` the model holds them. The ``state_dict`` of anomalib's default checkpoint holds
     them too, so that test, predict and export of it give what was shown after training; the
     weights of the last step lie beside them, and resuming continues from those. Checkpoints of a
-    ``ModelCheckpoint`` that monitors a metric or keeps several files are left as they are.
+    ``ModelCheckpoint`` that monitors a metric or keeps several files are left as they are (in a YAML it is
+    ``anomalib.callbacks.ModelCheckpoint``, since the short name is ambiguous there).
 
     Both sets of weights are kept in the CPU's memory: the best until the end of the fit, the last until
     the next fit, for checkpoints that are saved in between.
-
-    To keep such files, write ``anomalib.callbacks.ModelCheckpoint`` in a YAML: its short name is ambiguous there.
 
     Args:
         monitor: Name of a logged value, lower is better. Where it is never logged (no

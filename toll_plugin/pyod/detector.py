@@ -102,8 +102,9 @@ class TollDetector(CarefulDetector):
         NotFittedError: By every other method before ``fit``.
         DivergenceError: By ``fit``, if the loss stops being finite.
 
-    A ``fit`` that fails or is interrupted leaves the detector as it was. A fit on the CPU uses one thread, so that
-    its result does not depend on the machine, and no global generator is touched.
+    A ``fit`` that fails or is interrupted leaves the detector as it was. Networks of this
+    package's own train on one thread of the CPU, so that the result does not depend on the number of cores,
+    and no global generator is touched.
 
     Source:
         arXiv 2306.12627, section 3, and the authors' Arrhythmia network. The scaling, the noise, the
