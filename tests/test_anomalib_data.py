@@ -23,8 +23,8 @@ from toll_plugin.anomalib import (
     Toll,
     TollPreProcessor,
 )
-from toll_plugin.anomalib.datamodules import LabelledImages
 from toll_plugin.core import contrast_range
+from toll_plugin.image_sets import LabelledImages
 
 
 def _split(data):

@@ -80,7 +80,7 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from toll_plugin.anomalib import OneVsRest, Toll, TollPostProcessor
-from toll_plugin.anomalib.datamodules import LabelledImages
+from toll_plugin.image_sets import LabelledImages
 
 torch.set_num_threads(1)
 

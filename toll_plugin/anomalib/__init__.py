@@ -24,10 +24,10 @@ from toll_plugin.anomalib.datamodules import (
     FashionMNISTOneVsRest,
     ImageSetOneVsRest,
     MNISTOneVsRest,
-    OneVsRest,
 )
 from toll_plugin.anomalib.datasets import TensorImageDataset
 from toll_plugin.anomalib.mixin import TargetedCollapseMixin
+from toll_plugin.anomalib.one_vs_rest import OneVsRest
 from toll_plugin.anomalib.patch_toll.lightning_model import PatchToll
 from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor, TollPostProcessor
