@@ -60,7 +60,7 @@ SMALL = {
         "{mvtec: {root: MVTecAD, parts: [part], image_size: 32}}", "GANomaly, Toll, KNN"
     ),
     f"{_BENCHMARKS}run patch": f"{_PATCHES} --pretrained false",
-    f"{_BENCHMARKS}deployment": " --images 4 --coresets [0.5] --image_size 64 --repeats 1",
+    f"{_BENCHMARKS}deployment": " --images 4 --coresets [] --image_size 64 --repeats 1",
     f"{_BENCHMARKS}linear": " --steps 20 --seeds 1 --betas [0.3] --figure linear.png",
     f"{_BENCHMARKS}overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
     f"{_BENCHMARKS}imports": " --repeats 1",

@@ -726,7 +726,9 @@ def test_a_corrupted_checkpoint(tmp_path, damage):
     with pytest.raises(ValueError, match=r"model\.ckpt is no checkpoint or a truncated one"):
         Toll.load_from_checkpoint(path)
     # The trainer reads it before any code of the model's; its error says so in its own words.
-    with pytest.raises((RuntimeError, pickle.UnpicklingError), match=r"(?i)corrupt|zip archive|weights.only load failed"):
+    with pytest.raises(
+        (RuntimeError, pickle.UnpicklingError), match=r"(?i)corrupt|zip archive|weights.only load failed"
+    ):
         engine(tmp_path).test(_toll(), datamodule=_digits(), ckpt_path=path)
 
 

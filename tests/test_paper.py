@@ -427,15 +427,18 @@ def test_a_worker_refuses_other_files_than_the_command_has_read(tmp_path):
         _same(source, digest)
 
 
-def test_dask_workers_give_what_this_process_gives(arrhythmia, tmp_path, monkeypatch):
+def test_dask_workers_give_what_this_process_gives(tmp_path, monkeypatch):
     from dask.distributed import LocalCluster
 
+    write_mnist(tmp_path)
+    arguments = {"dataset": "mnist", "root": tmp_path, "classes": "2", "seeds": 2, "output": tmp_path / "out.json"}
+    arguments |= {"iterations": 2, "batch_size": 3, "validate_every": 1, "validation_size": 40}
     monkeypatch.setattr("benchmarks.studies.paper.find_spec", lambda _: None)
     monkeypatch.setattr("benchmarks.studies.training.threads_each", lambda _: 1)  # as on a worker: sums depend on it
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        paper(**arrhythmia, jobs=-1, scheduler=cluster.scheduler_address)
+        paper(**arguments, runs=tmp_path / "there", jobs=-1, scheduler=cluster.scheduler_address)
     theirs = json.loads((tmp_path / "out.json").read_text())["runs"]
-    paper(**arrhythmia | {"runs": tmp_path / "here"})
+    paper(**arguments, runs=tmp_path / "here")
     ours = json.loads((tmp_path / "out.json").read_text())["runs"]
     for there, here in zip(theirs, ours, strict=True):
         assert there["protocols"] == here["protocols"]

@@ -229,7 +229,7 @@ class TollDetector(CarefulDetector):
         generator = torch.Generator().manual_seed(seed_of(self.random_state))
         stream = self._stream or _Stream(piece[:0], 0, first, [], None, generator.get_state())
         generator.set_state(stream.random)
-        rows = np.concatenate([piece, stream.sample])
+        rows = np.concatenate([piece, stream.sample]) if len(stream.sample) else piece
         split = rehearse(len(piece), len(stream.sample), stream.seen, generator)
         scaling = new._fit_scaling(rows, split.measured) if stream.whole else self._model.scaling
         if first:

@@ -35,7 +35,7 @@ def register(engine: Any) -> None:
         "category": "deep_learning",
         "complexity": {
             "time": "O(max_steps * batch_size * weights) to fit, O(n * weights) to score",
-            "space": "O(weights); the training rows are not kept",
+            "space": "O(weights); only partial_fit keeps rows, at most 10 000",
         },
         "strengths": [
             "Ranks well when it is trained on normal rows",
