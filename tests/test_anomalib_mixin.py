@@ -19,6 +19,7 @@ from anomalib.models import AnomalibModule, get_model
 from collapse_checks import hooks_of, norms_by_loops
 from contracts import run_cli
 from mixin_contract import Host, MixinContract, quiet_trainer, seed
+from packaging.version import Version
 from torch import nn
 
 from toll_plugin.anomalib import (
@@ -101,6 +102,11 @@ def test_every_ready_class_is_in_the_contract():
     assert sorted(collapsed.__all__) == sorted(f"Collapsed{host.name}" for host in HOSTS)
 
 
+@pytest.mark.xfail(
+    Version(torch.__version__) < Version("2.14"),
+    reason="torch 2.10 recurses without end in anomalib's batches; 2.14 does not, those between were not tried",
+    strict=False,
+)
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_trains_a_compiled_module(mvtec_root):
     seed()
