@@ -29,7 +29,7 @@ def _resized(images, size, *, antialias):
     seed=st.integers(0, 100),
 )
 def test_it_is_torchs_bilinear_interpolation(antialias, before, after, seed):
-    # To a width of 1 torch 2.15 with antialiasing gives wrong values: three zeros for the column 0, 1 as three rows.
+    # To a width of 1 torch 2.14 with antialiasing gives wrong values: three zeros for the column 0, 1 as three rows.
     assume(not antialias or after[1] != 1)
     images = torch.rand(2, 3, *before, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     expected = interpolate(images, after, mode="bilinear", align_corners=False, antialias=antialias)
