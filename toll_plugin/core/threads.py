@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from threadpoolctl import OpenBLASController, ThreadpoolController
@@ -72,10 +73,14 @@ def _controller() -> ThreadpoolController:
     return _known[1]
 
 
-@contextmanager
-def _one_thread_of(api: str) -> Iterator[None]:
+def _limit_of(api: str) -> Any:
     # Selected first: a limit that ends puts back the threads of all libraries of its controller.
-    limit = _controller().select(user_api=api).limit(limits=1)
+    return _controller().select(user_api=api).limit(limits=1)
+
+
+@contextmanager
+def _limited_blas() -> Iterator[None]:
+    limit = _limit_of("blas")
     try:
         yield
     finally:
@@ -87,7 +92,7 @@ def _one_thread_of(api: str) -> Iterator[None]:
         let_go(force=True)
 
 
-_one_blas_thread = Overlapping(lambda: _one_thread_of("blas"))
+_one_blas_thread = Overlapping(_limited_blas)
 
 
 @contextmanager
@@ -98,7 +103,7 @@ def one_thread() -> Iterator[None]:
     number of cores; on small networks more threads gain nothing. BLAS's limit holds for the
     whole process.
     """
-    with _one_thread_of("openmp"), _one_blas_thread():
+    with _limit_of("openmp"), _one_blas_thread():
         yield
 
 

@@ -178,7 +178,6 @@ def fit_table(
     """
     check_option("metric", metric, get_args(Metric))
     device = device or torch.device("cpu")
-    generator = generator or torch.Generator().manual_seed(0)
     options = dataclasses.replace(options, input_limit=getattr(scaling, "limit", None))
     data = _kept(TableRows(x, split.training, scaling, device))
     held_out = _kept(TableRows(x, split.validation, scaling, device)) if len(split.validation) else None
