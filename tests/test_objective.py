@@ -10,7 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toll_plugin.core import TollLoss, TollTerms, terms_of_residual, toll_score, toll_terms
+from toll_plugin.core import (
+    TollLoss,
+    TollTerms,
+    in_units,
+    relative_pressure,
+    terms_of_residual,
+    toll_score,
+    toll_terms,
+    typical_terms,
+)
 
 X = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
 X_HAT = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
@@ -101,6 +110,58 @@ def test_bad_beta(beta, error):
         toll_score(TollTerms(torch.ones(1), torch.ones(1)), beta=beta)
 
 
+@given(scale=st.floats(1e-6, 1e6), strength=st.floats(0, 10))
+def test_the_pressure_follows_the_scale_of_both_terms(scale, strength):
+    loss = TollLoss("auto", strength=strength)
+    plain, scaled = (loss.terms(X, X_HAT, factor * Z.double()) for factor in (1.0, scale))
+    # Means 3 and 1.5: the latent term is kept at strength times 3.
+    torch.testing.assert_close(loss.losses(plain).mean(), torch.tensor(3 + 3 * strength).double())
+    torch.testing.assert_close(loss.losses(scaled), loss.losses(plain))
+    assert relative_pressure(TollTerms(3.0, 1.5 * scale), strength) == pytest.approx(2 * strength / scale)
+
+
+def test_the_pressure_has_no_gradient():
+    z = Z.double().requires_grad_()
+    loss = TollLoss("auto")
+    loss(X.double(), X_HAT.double(), z).backward()
+    # Means 3 and 1.5: b is 2, and each of two samples has the gradient of b / 2 times its norm.
+    torch.testing.assert_close(z.grad, Z.double() / torch.tensor([[1.0], [2.0]]).double())
+
+
+def test_no_strength_is_no_beta_to_the_last_bit():
+    none, zero = TollLoss("auto", strength=0), TollLoss(0.0)
+    terms = zero.terms(X, X_HAT, Z)
+    assert torch.equal(none.losses(terms), zero.losses(terms))
+    for one, other in zip(none.slopes(terms), zero.slopes(terms), strict=True):
+        assert torch.equal(one, other.expand_as(one))
+
+
+def test_the_loss_of_means_is_the_mean_of_losses():
+    for loss in (TollLoss(0.3), TollLoss("auto", strength=0.5)):
+        terms = loss.terms(X, X_HAT, Z)
+        means = TollTerms(*(term.mean() for term in terms))
+        torch.testing.assert_close(loss.of_means(means), loss.losses(terms).mean())
+        assert loss.of_means(TollTerms(*map(float, means))) == pytest.approx(float(loss.losses(terms).mean()))
+
+
+def test_units_by_hand():
+    terms = TollTerms(np.array([1.0, 2.0, 90.0]), np.array([0.0, 0.0, 4.0]))
+    units = typical_terms(terms)
+    assert units == (2.0, 4.0)  # where more than half are zero, the median of the others
+    score = toll_score(in_units(terms, units), beta=0.5)
+    np.testing.assert_allclose(score, [0.5, 1.0, 45.5])
+
+
+def test_strength_belongs_to_the_relative_pressure():
+    with pytest.raises(ValueError, match=r"strength belongs to beta='auto', got 0\.5 with beta=1\.0"):
+        TollLoss(1.0, strength=0.5)
+    with pytest.raises(ValueError, match=r"strength must be finite and >= 0, got -1"):
+        TollLoss("auto", strength=-1)
+    with pytest.raises(TypeError, match="beta must be a number of at least 0 or 'auto', got 'none'"):
+        TollLoss("none")
+    assert repr(TollLoss("auto", strength=0.5)) == "TollLoss(beta='auto', strength=0.5, exponent=1)"
+
+
 def test_bad_arguments_name_themselves():
     with pytest.raises(ValueError, match="exponent must be one of 1, 2, got 3"):
         TollLoss(1.0, exponent=3)
@@ -116,22 +177,25 @@ def test_bad_arguments_name_themselves():
 
 @given(
     seed=st.integers(0, 1000),
-    beta=st.floats(0, 1e3),
+    beta=st.floats(0, 1e3) | st.just("auto"),
+    strength=st.floats(0, 10),
     exponent=st.sampled_from([1, 2]),
-    zero=st.sampled_from(["none", "residual", "latent"]),
+    zero=st.sampled_from(["none", "residual", "latent", "every latent"]),
 )
-def test_slopes_are_autograds_gradients(seed, beta, exponent, zero):
+def test_slopes_are_autograds_gradients(seed, beta, strength, exponent, zero):
     generator = torch.Generator().manual_seed(seed)
     x, x_hat, z = (torch.randn(5, width, generator=generator, dtype=torch.float64) for width in (4, 4, 2))
     if zero == "residual":
         x_hat[2] = x[2]
     if zero == "latent":
         z[2] = 0
+    if zero == "every latent":
+        z[:] = 0
     x_hat.requires_grad_()
     z.requires_grad_()
-    loss = TollLoss(beta, exponent=exponent)
+    loss = TollLoss(beta, strength=strength if beta == "auto" else 1.0, exponent=exponent)
     terms = loss.terms(x, x_hat, z)
-    expected = torch.autograd.grad(loss.score(terms).sum(), (x_hat, z))
+    expected = torch.autograd.grad(loss.losses(terms).sum(), (x_hat, z))
     a, b = loss.slopes(TollTerms(*(term.detach() for term in terms)))
     torch.testing.assert_close((x_hat - x).detach() * a[:, None], expected[0])
     torch.testing.assert_close(z.detach() * b[:, None], expected[1])

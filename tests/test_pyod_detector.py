@@ -382,8 +382,8 @@ def test_a_table_of_equal_rows():
 
 
 def test_raw_features_are_left_alone():
-    detector = make(preprocessing="none", metric="euclidean", n_members=1, beta=0.5).fit(X)
-    network = detector._model.networks[0].double().eval()
+    detector = make(preprocessing="none", metric="euclidean", n_members=1, beta=0.5, score_scale="none").fit(X)
+    network = detector._model.members[0].network.double().eval()
     with torch.no_grad():
         reconstruction, latent = network(torch.from_numpy(OTHER))
     expected = np.sqrt(np.square(OTHER - reconstruction.numpy()).sum(axis=1))
@@ -420,13 +420,19 @@ def test_large_tables_are_not_copied(tmp_path, kind):
 
 
 def test_history_has_a_value_per_epoch_and_adds_up():
-    detector = make(epochs=4, max_steps=None, batch_size=16, beta=0.5).fit(X)
+    detector = make(epochs=4, max_steps=None, batch_size=16, beta=0.5, n_collapsed=2).fit(X)
     assert set(detector.history_) == {"total", "reconstruction", "latent"}
     assert {len(values) for values in detector.history_.values()} == {4}
     np.testing.assert_allclose(
         detector.history_["total"], detector.history_["reconstruction"] + 0.5 * detector.history_["latent"]
     )
     assert detector.best_epoch_ == [3, 3]
+    # Of two members, one without the term, and one that keeps it twice as large as the other term.
+    found = make(epochs=4, max_steps=None, batch_size=16, strength=2).fit(X)
+    alone = make(epochs=4, max_steps=None, batch_size=16, strength=0).fit(X)
+    assert (found.history_["latent"] < alone.history_["latent"]).all()
+    assert (found.history_["total"] > alone.history_["total"]).all()
+    np.testing.assert_allclose(alone.history_["total"], alone.history_["reconstruction"])
 
 
 def test_steps_and_epochs_end_the_fit_whichever_is_first():
@@ -563,19 +569,29 @@ def test_silent_unless_asked(capsys):
 
 
 def test_members_are_averaged():
-    detector = make(n_members=3, metric="euclidean").fit(X)
+    detector = make(n_members=3, n_collapsed=3, metric="euclidean").fit(X)
     model = detector._model
-    alone = [type(model)(model.scaling, [network], model.loss).score(OTHER) for network in model.networks]
+    alone = [type(model)(model.scaling, [member], model.weight).score(OTHER) for member in model.members]
     np.testing.assert_allclose(detector.decision_function(OTHER), np.mean(alone, axis=0))
     assert not np.allclose(alone[0], alone[1])
 
 
+@pytest.mark.parametrize(
+    ("members", "collapsed", "gives"),
+    [(1, None, "b"), (2, None, "rl"), (5, None, "rrrll"), (3, 3, "bbb"), (2, 0, "rr")],
+)
+def test_members_that_reconstruct_and_members_that_collapse(members, collapsed, gives):
+    model = make(n_members=members, n_collapsed=collapsed).fit(X)._model
+    kinds = {(True, True): "b", (True, False): "r", (False, True): "l"}
+    assert [kinds[m.residual is not None, m.latent is not None] for m in model.members] == list(gives)
+
+
 def test_the_metric_is_the_mahalanobis_distance_of_the_residual():
-    detector = make(n_members=1, beta=0.0).fit(X)
+    detector = make(n_members=1, beta=0.0, score_scale="none").fit(X)
     model = detector._model
-    residuals = np.concatenate(list(model.residuals(X, np.arange(61))))
+    residuals = np.concatenate(list(model.vectors(0, "residual", X, np.arange(61))))
     correlation = np.corrcoef(residuals.T) + 0.1 * np.eye(6)
-    others = np.concatenate(list(model.residuals(OTHER, np.arange(23))))
+    others = np.concatenate(list(model.vectors(0, "residual", OTHER, np.arange(23))))
     standard = (others - residuals.mean(axis=0)) / residuals.std(axis=0)
     expected = np.sqrt(np.einsum("ni,ij,nj->n", standard, np.linalg.inv(correlation), standard))
     np.testing.assert_allclose(detector.decision_function(OTHER), expected, rtol=1e-6)
@@ -761,7 +777,7 @@ def test_patience_needs_rows_held_out():
 def test_an_iterator_is_no_list_of_layers():
     with pytest.raises(TypeError, match="hidden_sizes must be a sequence of integers, got <list_iterator"):
         make(hidden_sizes=iter([16, 8])).fit(X)
-    assert len(list(make(hidden_sizes=np.array([16, 8])).fit(X)._model.networks[0].encoder)) == 7
+    assert len(list(make(hidden_sizes=np.array([16, 8])).fit(X)._model.members[0].network.encoder)) == 7
 
 
 def test_each_term_alone_is_a_score():
@@ -774,7 +790,7 @@ def test_each_term_alone_is_a_score():
         detector.save("detector.toll")
         np.testing.assert_array_equal(TollDetector.load("detector.toll").decision_function(OTHER), parts[term])
     np.testing.assert_allclose(parts["reconstruction"], found.reconstruction)
-    np.testing.assert_allclose(2 * parts["latent"], found.latent)
+    np.testing.assert_allclose(0.5 * parts["latent"], found.latent)
     with pytest.raises(ValueError, match="score_term must be one of 'total', 'reconstruction', 'latent', got 'sum'"):
         make(score_term="sum").fit(X)
 

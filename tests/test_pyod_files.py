@@ -70,7 +70,7 @@ def test_training_goes_on_after_loading(saved):
 def test_the_file_holds_no_code(saved):
     with safetensors.safe_open(str(saved), framework="numpy") as file:
         header = file.metadata()
-        assert header["format"] == "2"
+        assert header["format"] == "3"
         assert json.loads(header["config"])["n_features_in_"] == 6
     assert not zipfile.is_zipfile(saved)
     assert b"toll_plugin.pyod" not in saved.read_bytes()  # as a pickle would
@@ -107,8 +107,8 @@ def test_other_files_are_refused(saved):
     with pytest.raises(FileNotFoundError):
         TollDetector.load("nowhere.toll")
     header, arrays = persistence._read(saved)
-    safetensors.numpy.save_file(arrays, "later.toll", header | {"format": "3", "written by": "toll-plugin 9"})
-    with pytest.raises(ValueError, match=r"format 3, written by toll-plugin 9; this version reads formats 1 to 2"):
+    safetensors.numpy.save_file(arrays, "later.toll", header | {"format": "4", "written by": "toll-plugin 9"})
+    with pytest.raises(ValueError, match=r"format 4, written by toll-plugin 9; this version reads formats 1 to 3"):
         TollDetector.load("later.toll")
 
 

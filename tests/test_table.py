@@ -13,14 +13,20 @@ from torch import nn
 from toll_plugin.core import (
     Autoencoder,
     DenseAutoencoder,
-    ResidualMetric,
+    MahalanobisNorm,
+    Measure,
+    TableMember,
     TableModel,
     TableScaling,
     TollLoss,
+    TollTerms,
+    TrainedMember,
     TrainingOptions,
     fit_table,
     hold_out,
     rehearse,
+    toll_score,
+    typical,
 )
 from toll_plugin.core.tables.rows import TableRows
 from toll_plugin.core.tables.scoring import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
@@ -126,48 +132,99 @@ def test_a_folded_network_computes_what_its_module_does(arguments):
 def test_a_module_of_ones_own_is_not_changed_by_scoring():
     network = Autoencoder(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), nn.Linear(3, 4), input_shape=(4,))
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    TableModel(TableScaling().fit(X), [network], TollLoss(0.1)).score(X)
+    TableModel(TableScaling().fit(X), [TableMember(network)], weight=0.1).score(X)
     assert network.training
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
         assert value.dtype == before[name].dtype
 
 
-# -- the metric --------------------------------------------------------------------------------
+# -- how residuals and latents are measured ------------------------------------------------------
 
 
-def test_the_metric_by_hand():
+def test_the_norm_by_hand():
     # Uncorrelated columns of variance 1 and 100: each distance over the deviation, and the root of 1 + ridge.
     residuals = np.array([[1.0, 10.0], [1.0, -10.0], [-1.0, 10.0], [-1.0, -10.0]])
-    metric = ResidualMetric.of([residuals[:2], residuals[2:]])
-    np.testing.assert_allclose(metric.mean, [0, 0], atol=1e-12)
-    np.testing.assert_allclose(metric.matrix, np.diag([1.0, 0.1]) / np.sqrt(1.1), atol=1e-12)
+    norm = MahalanobisNorm.of([residuals[:2], residuals[2:]])
+    np.testing.assert_allclose(norm.mean, [0, 0], atol=1e-12)
+    np.testing.assert_allclose(norm.matrix, np.diag([1.0, 0.1]) / np.sqrt(1.1), atol=1e-12)
+    np.testing.assert_allclose(norm(np.array([[3.0, 40.0]])), np.array([[3.0, 4.0]]) / np.sqrt(1.1))
 
 
-def test_one_far_residual_hardly_moves_the_metric():
+@given(
+    rows=st.integers(2, 7),
+    columns=st.integers(8, 12),
+    seed=st.integers(0, 1000),
+    constant=st.booleans(),
+    size=st.sampled_from([1e-6, 1.0, 1e6]),
+)
+def test_fewer_rows_than_columns_cost_no_accuracy(rows, columns, seed, constant, size):
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(rows, columns)) * size
+    if constant:
+        x[:, 0] = 3.0 * size
+    new = draw.normal(size=(5, columns)) * 4 * size
+    low, whole = MahalanobisNorm.low_rank(x), MahalanobisNorm.dense([x])
+    assert low.directions.shape[1] < rows
+    np.testing.assert_allclose(low(new), whole(new), rtol=1e-6, atol=1e-6 * np.abs(whole(new)).max())
+    assert len(MahalanobisNorm.of([x]).matrix) == 0
+
+
+def test_one_far_residual_hardly_moves_the_norm():
     residuals = np.random.default_rng(0).normal(size=(200, 3))
-    plain = ResidualMetric.of([residuals])
+    plain = MahalanobisNorm.of([residuals])
     residuals[7] *= 1e6
-    moved = ResidualMetric.of([residuals])
+    moved = MahalanobisNorm.of([residuals])
     np.testing.assert_allclose(moved.matrix, plain.matrix, atol=0.2)
-    assert np.isfinite(ResidualMetric.of([np.zeros((5, 3))]).matrix).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (1, 1), (1, 4)])
+def test_rows_that_do_not_vary_are_measured(shape):
+    for rows in (np.zeros(shape), np.ones(shape)):
+        assert np.isfinite(MahalanobisNorm.of([rows])(np.full((2, shape[1]), 7.0))).all()
 
 
 def test_parts_are_those_of_an_independent_loop():
-    network, loss = trained().double(), TollLoss(0.3)
-    scaling = TableScaling().fit(X)
-    metric = ResidualMetric.of(TableModel(scaling, [network], loss).residuals(X, np.arange(50)))
-    model = TableModel(scaling, [network], loss, metric)
+    networks = [trained().double() for _ in range(3)]
+    scaling, draw = TableScaling().fit(X), np.random.default_rng(0)
+    norms = [MahalanobisNorm.of([draw.normal(size=(50, size))]) for size in (4, 2)]
+    members = [
+        TableMember(networks[0], Measure(norms[0], 2.0), None),
+        TableMember(networks[1], None, Measure(norms[1], 0.5)),
+        TableMember(networks[2], Measure(None, 3.0), Measure()),
+    ]
+    model = TableModel(scaling, members, weight=0.3)
     parts, scores = model.parts(X), model.score(X)
     for i in (0, 17, 49):
+        x = scaling.transform(X[i : i + 1])
         with torch.no_grad():
-            reconstruction, latent = network(torch.from_numpy(scaling.transform(X[i : i + 1])))
-        residual = (scaling.transform(X[i : i + 1]) - reconstruction.numpy() - metric.mean) @ metric.matrix
-        error, norm = np.sqrt((residual**2).sum()), np.sqrt((latent.numpy() ** 2).sum())
+            found = [[values.numpy() for values in network(torch.from_numpy(x))] for network in networks]
+        first = ((x - found[0][0] - norms[0].mean) @ norms[0].matrix).ravel()
+        second = ((found[1][1] - norms[1].mean) @ norms[1].matrix).ravel()
+        third = (x - found[2][0]).ravel()
+        lengths = [np.sqrt((values**2).sum()) for values in (first, second, third, found[2][1])]
+        error = (lengths[0] / 2 + lengths[2] / 3) / 2
+        norm = (lengths[1] / 0.5 + lengths[3]) / 2
         assert scores[i] == pytest.approx(error + 0.3 * norm)
         assert parts.reconstruction[i] == pytest.approx(error)
         assert parts.latent[i] == pytest.approx(norm)
-        np.testing.assert_allclose(parts.contributions[i], residual.ravel() ** 2 / error)
+        expected = (first**2 / lengths[0] / 2 + third**2 / lengths[2] / 3) / 2
+        np.testing.assert_allclose(parts.contributions[i], expected)
+    alone = {
+        term: TableModel(scaling, members, weight=0.3, score_term=term).score(X)
+        for term in ("reconstruction", "latent")
+    }
+    np.testing.assert_array_equal(alone["reconstruction"], parts.reconstruction)
+    np.testing.assert_array_equal(alone["latent"], parts.latent)
+
+
+def test_a_model_needs_a_member_for_its_term():
+    only = TableMember(trained(), None, Measure())
+    with pytest.raises(ValueError, match="score_term='total' needs a member that measures its residual, got none"):
+        TableModel(TableScaling().fit(X), [only], weight=1.0)
+
+
+# -- splits and fits -----------------------------------------------------------------------------
 
 
 def test_a_split_holds_out_the_share_it_was_asked_for():
@@ -186,15 +243,61 @@ def test_a_share_out_of_range_is_refused(fraction):
         hold_out(10, fraction, torch.Generator())
 
 
+def fitted(members, split=None, **arguments):
+    split = split or hold_out(len(X), 0.0, torch.Generator().manual_seed(0))
+    return fit_table(X, split, TableScaling().fit(X), members, TrainingOptions(max_epochs=3), **arguments)
+
+
 def test_fit_table_learns_some_rows_and_chooses_by_others():
     split = hold_out(len(X), 0.2, torch.Generator().manual_seed(0))
-    scaling, network = TableScaling().fit(X, split.measured), DenseAutoencoder(4, (4,), 2)
-    options = TrainingOptions(max_epochs=3)
-    model, (history,), (state,) = fit_table(X, split, scaling, [network], TollLoss(0.1), options)
+    member = TrainedMember(DenseAutoencoder(4, (4,), 2), TollLoss(0.1))
+    model, (history,), (state,) = fitted([member], split, metric="euclidean", score_scale="none", score_weight=0.1)
     assert len(history.validation) == 3
-    plain = TableModel(scaling, model.networks, model.loss).score(X[split.validation]).mean()
-    assert plain == pytest.approx(history.validation[history.best_epoch], rel=1e-5)
+    held_out = model.score(X[split.validation]).mean()
+    assert held_out == pytest.approx(history.validation[history.best_epoch], rel=1e-5)
     assert state["steps"] == 6
+
+
+def test_members_are_measured_on_training_rows_each_by_itself():
+    losses = {"reconstruction": TollLoss(0.0), "latent": TollLoss("auto")}
+    members = [
+        TrainedMember(DenseAutoencoder(4, (4,), 2), losses[gives], gives)
+        for gives in ("reconstruction", "reconstruction", "latent", "latent")
+    ]
+    model, histories, states = fitted(members, score_weight=0.5)
+    assert len(histories) == 4
+    assert len(states) == 1  # they are trained together
+    assert [(m.residual is None, m.latent is None) for m in model.members] == [(False, True)] * 2 + [(True, False)] * 2
+    for i, member in enumerate(model.members):
+        measure = member.residual or member.latent
+        vectors = list(model.vectors(i, "residual" if member.residual else "latent", X, np.arange(50)))
+        np.testing.assert_allclose(measure.norm.matrix, MahalanobisNorm.of(vectors).matrix)
+        assert np.median(measure.term(np.concatenate(vectors), 1)) == pytest.approx(1)
+    parts = model.parts(X)
+    np.testing.assert_array_equal(model.score(X), toll_score(TollTerms(*parts[:2]), beta=0.5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "measured"),
+    [
+        ({}, (True, True, True)),
+        ({"metric": "euclidean"}, (False, False, True)),
+        ({"score_scale": "none"}, (True, False, False)),
+        ({"score_scale": "none", "metric": "euclidean"}, (False, False, False)),
+    ],
+)
+def test_what_is_measured(arguments, measured):
+    model = fitted([TrainedMember(DenseAutoencoder(4, (4,), 2), TollLoss(0.1))], **arguments).model
+    (member,) = model.members
+    found = (member.residual.norm is not None, member.latent.norm is not None, member.residual.unit != 1)
+    assert found == measured
+    assert (member.latent.unit != 1) == measured[2]
+
+
+def test_the_size_of_a_term():
+    assert typical(np.array([4.0, 1.0, 2.0])) == 2
+    assert typical(torch.tensor([0.0, 0.0, 0.0, 3.0, 5.0])) == 4  # the median is zero
+    assert typical(np.zeros(3)) == 1
 
 
 # -- going on ----------------------------------------------------------------------------------

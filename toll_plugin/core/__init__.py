@@ -5,14 +5,25 @@ from toll_plugin.core.diagnostics import CollapseMonitor, Finding, TollWarning
 from toll_plugin.core.image_scaling import ImageScaling, contrast_normalise, contrast_range
 from toll_plugin.core.layers import LayerPass
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, DenseAutoencoder
-from toll_plugin.core.objective import TollLoss, TollTerms, terms_of_residual, toll_score, toll_slopes, toll_terms
+from toll_plugin.core.objective import (
+    TollLoss,
+    TollTerms,
+    in_units,
+    relative_pressure,
+    terms_of_residual,
+    toll_score,
+    toll_slopes,
+    toll_terms,
+    typical,
+    typical_terms,
+)
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
 from toll_plugin.core.patches.fit import fit_patches
 from toll_plugin.core.patches.model import PatchAutoencoder
 from toll_plugin.core.penalty import TargetedCollapse, latent_norm
-from toll_plugin.core.tables.fit import FittedTable, TableSplit, fit_table, hold_out, rehearse
-from toll_plugin.core.tables.metric import ResidualMetric
-from toll_plugin.core.tables.model import TableModel
+from toll_plugin.core.tables.fit import FittedTable, TableSplit, TrainedMember, fit_table, hold_out, rehearse
+from toll_plugin.core.tables.metric import MahalanobisNorm
+from toll_plugin.core.tables.model import Measure, TableMember, TableModel
 from toll_plugin.core.tables.scaling import TableScaling
 from toll_plugin.core.training.divergence import DivergenceError
 from toll_plugin.core.training.fit import History, fit, fit_ensemble, terms_of
@@ -29,10 +40,12 @@ __all__ = [
     "History",
     "ImageScaling",
     "LayerPass",
+    "MahalanobisNorm",
+    "Measure",
     "Paper28Autoencoder",
     "Paper32Autoencoder",
     "PatchAutoencoder",
-    "ResidualMetric",
+    "TableMember",
     "TableModel",
     "TableScaling",
     "TableSplit",
@@ -40,6 +53,7 @@ __all__ = [
     "TollLoss",
     "TollTerms",
     "TollWarning",
+    "TrainedMember",
     "TrainingOptions",
     "contrast_normalise",
     "contrast_range",
@@ -48,13 +62,17 @@ __all__ = [
     "fit_patches",
     "fit_table",
     "hold_out",
+    "in_units",
     "latent_norm",
     "rehearse",
+    "relative_pressure",
     "terms_of",
     "terms_of_residual",
     "toll_score",
     "toll_slopes",
     "toll_terms",
+    "typical",
+    "typical_terms",
 ]
 
 publish(__name__)

@@ -17,17 +17,26 @@ from typing_extensions import NamedTuple
 from toll_plugin.core.checks import check_finite_float, check_option
 
 __all__ = [
+    "Beta",
     "ScoreTerm",
     "TollLoss",
     "TollTerms",
+    "check_beta",
+    "in_units",
     "norm_per_sample",
+    "relative_pressure",
     "terms_of_residual",
     "toll_score",
     "toll_slopes",
     "toll_terms",
+    "typical",
+    "typical_terms",
 ]
 
 ScoreTerm = Literal["total", "reconstruction", "latent"]
+
+#: A weight that is a number, or one that follows the reconstruction.
+Beta = float | Literal["auto"]
 
 #: Images are tensors, tables are NumPy arrays.
 ArrayT = TypeVar("ArrayT", Tensor, NDArray[Any])
@@ -126,16 +135,17 @@ def toll_terms(x: ArrayT, reconstruction: ArrayT, latent: ArrayT, *, exponent: i
     return terms_of_residual(x - reconstruction, latent, exponent=exponent)
 
 
-def toll_score(terms: TollTerms[ValueT], *, beta: float, term: ScoreTerm = "total") -> ValueT:
+def toll_score(terms: TollTerms[ValueT], *, beta: Any, term: ScoreTerm = "total") -> ValueT:
     r"""Anomaly score :math:`s_i = \|x_i - \hat x_i\|^p + \beta\|z_i\|^p`, higher is more anomalous.
 
     Args:
-        terms: What :func:`toll_terms` returned.
-        beta: Weight of the latent term, in units of the input per unit of the latent.
+        terms: What :func:`toll_terms` returned, or :func:`in_units` made of it.
+        beta: Weight of the latent term, in units of the first term per unit of the second: a number, or an
+            array that :func:`relative_pressure` returned.
         term: ``"total"``, or one term alone and unweighted (the ablation of the score).
 
     Returns:
-        Scores of shape ``(N,)``. The training loss is the mean of the ``"total"``.
+        Scores of the shape of the terms. The training loss is the mean of the ``"total"``.
 
     Raises:
         ValueError: If ``beta`` is negative or not finite, or ``term`` is unknown.
@@ -152,15 +162,88 @@ def toll_score(terms: TollTerms[ValueT], *, beta: float, term: ScoreTerm = "tota
         tensor([1.])
     """
     check_option("term", term, get_args(ScoreTerm))
-    beta = check_finite_float("beta", beta, minimum=0)
+    if not isinstance(beta, (Tensor, np.ndarray)):  # what the batch gives needs no check
+        beta = check_finite_float("beta", beta, minimum=0)
     if term == "reconstruction":
         return terms.reconstruction
     if term == "latent":
         return terms.latent
-    return terms.reconstruction + beta * terms.latent
+    total: ValueT = terms.reconstruction + beta * terms.latent
+    return total
 
 
-def toll_slopes(terms: TollTerms[ArrayT], *, beta: float, exponent: int = 1) -> tuple[ArrayT, ArrayT]:
+def relative_pressure(means: TollTerms[ValueT], strength: float = 1.0) -> ValueT:
+    r"""The weight of the latent term that keeps both terms in proportion.
+
+    .. math:: b = s \cdot \mathrm{mean}_i \|r_i\|^p / \mathrm{mean}_i \|z_i\|^p
+
+    With it, the latent term of a batch is always ``strength`` times the reconstruction term. A fixed beta
+    fades instead: a network with a BatchNorm behind the latent reconstructs as well from a latent of any scale, so
+    training shrinks the latent until :math:`\beta\|z\|` is nothing beside the residual. The weight is a number for
+    the step, through which no gradient flows: the step goes along the gradient of
+    :math:`\mathrm{mean}\|r\|^p \cdot (\mathrm{mean}\|z\|^p)^s`, and nothing has to be tuned to the scale of the data.
+
+    Args:
+        means: Of both terms over the batch: two numbers, or arrays of them.
+        strength: ``s``, at least 0.
+
+    Returns:
+        The weight, of the kind of the means; 0 where all latents are 0.
+
+    Source:
+        This package's; the paper's weight is a constant.
+
+    Example:
+        >>> relative_pressure(TollTerms(6.0, 1.5))
+        4.0
+    """
+    reconstruction, latent = (mean.detach() if isinstance(mean, Tensor) else mean for mean in means)
+    weight: ValueT = strength * reconstruction / (latent + (latent == 0)) * (latent > 0)
+    return weight
+
+
+def typical(values: ArrayT) -> float:
+    """The size of a term on samples taken for normal: its median, which a minority of anomalies does not move.
+
+    Where the median is zero, it is the median of the values that are not, and 1 where there are none.
+
+    Args:
+        values: Of the samples, at least 0, shape ``(N,)``, N at least 1.
+
+    Example:
+        >>> import numpy as np
+        >>> typical(np.array([1.0, 2.0, 90.0])), typical(np.array([0.0, 0.0, 3.0])), typical(np.array([0.0, 0.0]))
+        (2.0, 3.0, 1.0)
+    """
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    middle = float(np.median(array))
+    if middle == 0:
+        positive = array[array > 0]
+        middle = float(np.median(positive)) if len(positive) else 1.0
+    return middle
+
+
+def typical_terms(terms: TollTerms[ArrayT]) -> TollTerms[float]:
+    """What is :func:`typical` of each term on samples taken for normal, each of shape ``(N,)``."""
+    return TollTerms(*(typical(term) for term in terms))
+
+
+def in_units(terms: TollTerms[ValueT], units: TollTerms[Any]) -> TollTerms[ValueT]:
+    r"""Each term divided by its unit.
+
+    With units that :func:`typical_terms` measured, both are near 1 on normal samples.
+    Terms in these units can be added without a weight that is tied to the scale of the data, and scores of
+    several networks can be averaged.
+
+    Example:
+        >>> import numpy as np
+        >>> in_units(TollTerms(np.array([6.0]), np.array([1.0])), TollTerms(2.0, 4.0))
+        TollTerms(reconstruction=array([3.]), latent=array([0.25]))
+    """
+    return TollTerms(terms.reconstruction / units.reconstruction, terms.latent / units.latent)
+
+
+def toll_slopes(terms: TollTerms[ArrayT], *, beta: Any, exponent: int = 1) -> tuple[ArrayT, ArrayT]:
     r"""Derivatives of :func:`toll_score` along the residual and the latent, for steps written out.
 
     The derivative of sample i's score by its reconstruction is :math:`a_i (\hat x_i - x_i)`, by
@@ -170,7 +253,7 @@ def toll_slopes(terms: TollTerms[ArrayT], *, beta: float, exponent: int = 1) -> 
 
     Args:
         terms: What :func:`toll_terms` returned, as tensors or as NumPy arrays.
-        beta: Weight of the latent term.
+        beta: Weight of the latent term, a number or an array that :func:`relative_pressure` returned.
         exponent: The one that ``terms`` were made with.
 
     Returns:
@@ -194,46 +277,100 @@ class TollLoss(nn.Module):
     r"""Loss :math:`\frac1N\sum_i \|x_i - \hat x_i\|^p + \beta\|z_i\|^p`.
 
     Args:
-        beta: Weight of the latent term, at least 0. It is tied to the scale of the data; the
-            authors use 10 to 1000 with unnormalised norms (section 4, per data set). Default 0.01.
+        beta: Weight of the latent term. A number, at least 0, as in the paper: it is tied to the scale of the
+            data, and the authors use 10 to 1000 with unnormalised norms (section 4, per data set). Or ``"auto"``: in
+            each batch the weight that :func:`relative_pressure` gives, which fits every scale and does not fade.
+            Default 0.01.
+        strength: Of ``"auto"``: how many times as large as the reconstruction term the latent term is kept. With 0
+            training is that of beta 0, to the last bit. Default 1; a number as beta needs none.
         exponent: ``p``, 1 (default, the authors' code) or 2.
 
     Shape:
         ``x`` and ``reconstruction`` ``(N, *)``, ``latent`` ``(N, *)``; a scalar comes out.
 
     Raises:
-        TypeError: If ``beta`` is no number.
-        ValueError: If ``beta`` is negative or not finite, or ``exponent`` is neither 1 nor 2.
+        TypeError: If ``beta`` is neither a number nor ``"auto"``, or ``strength`` no number.
+        ValueError: If one is negative or not finite, ``strength`` is given for a beta that is a number, or
+            ``exponent`` is neither 1 nor 2.
 
     Example:
         >>> import torch
         >>> x, x_hat, z = torch.ones(2, 4), torch.zeros(2, 4), torch.ones(2, 1)
         >>> TollLoss(beta=10.0)(x, x_hat, z)
         tensor(12.)
+        >>> TollLoss("auto", strength=0.5)(x, x_hat, z)  # half as much again as the reconstruction's 2
+        tensor(3.)
     """
 
-    def __init__(self, beta: float = 0.01, *, exponent: int = 1) -> None:
+    def __init__(self, beta: Beta = 0.01, *, strength: float = 1.0, exponent: int = 1) -> None:
         super().__init__()
         check_option("exponent", exponent, (1, 2))
-        self.beta = check_finite_float("beta", beta, minimum=0)
+        self.beta = check_beta("beta", beta)
+        self.strength = check_finite_float("strength", strength, minimum=0)
+        if self.beta != "auto" and self.strength != 1:
+            msg = f"strength belongs to beta='auto', got {strength!r} with beta={beta!r}"
+            raise ValueError(msg)
         self.exponent = int(exponent)
+
+    @property
+    def weight(self) -> float:
+        """Weight of the latent term in the score: beta, or the strength, of terms that are :func:`in_units`."""
+        return self.strength if self.beta == "auto" else self.beta
 
     def terms(self, x: ArrayT, reconstruction: ArrayT, latent: ArrayT) -> TollTerms[ArrayT]:
         """Unweighted per-sample terms, see :func:`toll_terms`."""
         return toll_terms(x, reconstruction, latent, exponent=self.exponent)
 
+    def pressure(self, terms: TollTerms[ArrayT]) -> ArrayT | float:
+        """Weight of the latent term for a batch with these terms: beta, or the :func:`relative_pressure`.
+
+        Samples lie along the last axis.
+        """
+        if self.beta != "auto":
+            return self.beta
+        weight: ArrayT = relative_pressure(TollTerms(*(term.mean(-1)[..., None] for term in terms)), self.strength)
+        return weight
+
     def slopes(self, terms: TollTerms[ArrayT]) -> tuple[ArrayT, ArrayT]:
-        """Derivatives of the score along residual and latent, see :func:`toll_slopes`."""
-        return toll_slopes(terms, beta=self.beta, exponent=self.exponent)
+        """Derivatives of :meth:`losses` along residual and latent, see :func:`toll_slopes`."""
+        return toll_slopes(terms, beta=self.pressure(terms), exponent=self.exponent)
+
+    def losses(self, terms: TollTerms[ArrayT]) -> ArrayT:
+        """What each sample of a batch adds to its loss; the loss is their mean."""
+        return toll_score(terms, beta=self.pressure(terms))
+
+    def of_means(self, means: TollTerms[ValueT]) -> ValueT:
+        """The loss of a batch from the means of its terms, without gradients through the weight."""
+        beta = relative_pressure(means, self.strength) if self.beta == "auto" else self.beta
+        return toll_score(means, beta=beta)
 
     def score(self, terms: TollTerms[ValueT], term: ScoreTerm = "total") -> ValueT:
-        """Per-sample anomaly score, see :func:`toll_score`."""
-        return toll_score(terms, beta=self.beta, term=term)
+        """Per-sample anomaly score, see :func:`toll_score`.
+
+        With ``beta="auto"`` the terms must be :func:`in_units`.
+        """
+        return toll_score(terms, beta=self.weight, term=term)
 
     def forward(self, x: Tensor, reconstruction: Tensor, latent: Tensor) -> Tensor:
-        """Mean score of the batch."""
-        return self.score(self.terms(x, reconstruction, latent)).mean()
+        """Mean loss of the batch."""
+        return self.losses(self.terms(x, reconstruction, latent)).mean()
 
     def extra_repr(self) -> str:
         """Arguments as the constructor takes them."""
-        return f"beta={self.beta:g}, exponent={self.exponent}"
+        beta = f"'auto', strength={self.strength:g}" if self.beta == "auto" else f"{self.beta:g}"
+        return f"beta={beta}, exponent={self.exponent}"
+
+
+def check_beta(name: str, value: object) -> Beta:
+    """``value`` as a weight: ``"auto"``, or a finite number of at least 0.
+
+    Raises:
+        TypeError: If it is neither that word nor a number.
+        ValueError: If it is out of range.
+    """
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str):
+        msg = f"{name} must be a number of at least 0 or 'auto', got {value!r}"
+        raise TypeError(msg)
+    return check_finite_float(name, value, minimum=0)

@@ -14,10 +14,19 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from torch import Tensor, nn
 
-from toll_plugin.core.checks import check_integer, check_option
+from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
-from toll_plugin.core.objective import ScoreTerm, TollLoss
-from toll_plugin.core.tables.fit import FittedTable, Metric, TableSplit, fit_table, hold_out, rehearse
+from toll_plugin.core.objective import Beta, ScoreTerm, TollLoss
+from toll_plugin.core.tables.fit import (
+    FittedTable,
+    Metric,
+    ScoreScale,
+    TableSplit,
+    TrainedMember,
+    fit_table,
+    hold_out,
+    rehearse,
+)
 from toll_plugin.core.tables.rows import Preprocessing, scale_rows
 from toll_plugin.core.tables.scaling import Floats, TablePreprocessing, TableScaling
 from toll_plugin.core.training.loop import History
@@ -127,14 +136,18 @@ class TollDetector(CarefulDetector):
         *,
         hidden_sizes: Sequence[int] = (64, 32),
         latent_dim: int = 32,
-        beta: float = 0.1,
+        beta: Beta = "auto",
+        strength: float = 1.0,
         exponent: int = 1,
+        score_scale: ScoreScale = "median",
+        score_weight: float | None = None,
         score_term: ScoreTerm = "total",
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         batch_norm: bool = True,
         dropout: float = 0.0,
-        n_members: int = 4,
+        n_members: int = 8,
+        n_collapsed: int | None = None,
         preprocessing: TablePreprocessing | Any = "robust",
         metric: Metric = "mahalanobis",
         noise: float = 0.1,
@@ -154,13 +167,17 @@ class TollDetector(CarefulDetector):
         self.hidden_sizes = hidden_sizes
         self.latent_dim = latent_dim
         self.beta = beta
+        self.strength = strength
         self.exponent = exponent
+        self.score_scale = score_scale
+        self.score_weight = score_weight
         self.score_term = score_term
         self.encoder = encoder
         self.decoder = decoder
         self.batch_norm = batch_norm
         self.dropout = dropout
         self.n_members = n_members
+        self.n_collapsed = n_collapsed
         self.preprocessing = preprocessing
         self.metric = metric
         self.noise = noise
@@ -235,7 +252,7 @@ class TollDetector(CarefulDetector):
         if first:
             networks = new._build_networks(scale_rows(scaling, piece[:1]).shape[1], generator)
         else:
-            networks = copy.deepcopy(self._model.networks)
+            networks = [copy.deepcopy(member.network) for member in self._model.members]
         optimizer = (self.optimizer, self.lr)
         states = stream.states if stream.optimizer == optimizer else []
         fitted = new._train(rows, split, scaling, networks, options, generator, states)
@@ -253,7 +270,10 @@ class TollDetector(CarefulDetector):
         self._thresholder = check_contamination(self.contamination)
         check_integer("n_members", self.n_members, minimum=1)
         check_option("score_term", self.score_term, get_args(ScoreTerm))
+        check_option("score_scale", self.score_scale, get_args(ScoreScale))
         check_option("verbose", self.verbose, (0, 1, 2))
+        self._loss()
+        self._score_weight()
         return table
 
     def _options(self, epochs: int | None, max_steps: int | None, patience: int | None) -> TrainingOptions:
@@ -286,10 +306,11 @@ class TollDetector(CarefulDetector):
             table,
             split,
             scaling,
-            networks,
-            TollLoss(self.beta, exponent=self.exponent),
+            self._members(networks),
             options,
             metric=self.metric,
+            score_scale=self.score_scale,
+            score_weight=self._score_weight(),
             score_term=self.score_term,
             device=check_device(self.device),
             generator=generator,
@@ -297,6 +318,37 @@ class TollDetector(CarefulDetector):
             on_epoch=_print_epoch if self.verbose == 2 else None,
             optimizers=optimizers,
         )
+
+    def _members(self, networks: Sequence[nn.Module]) -> list[TrainedMember]:
+        """The networks with their losses: those that only reconstruct come first."""
+        loss = self._loss()
+        if self.n_collapsed is None:
+            collapsed = max(1, len(networks) // 2)
+        else:
+            collapsed = check_integer("n_collapsed", self.n_collapsed, minimum=0)
+        plain = len(networks) - collapsed
+        if plain < 0:
+            msg = f"n_collapsed must be at most n_members, {len(networks)}, got {self.n_collapsed}"
+            raise ValueError(msg)
+        if plain == 0:
+            return [TrainedMember(network, loss) for network in networks]
+        without = TollLoss(0.0, exponent=self.exponent)
+        return [TrainedMember(network, without, "reconstruction") for network in networks[:plain]] + [
+            TrainedMember(network, loss, "latent") for network in networks[plain:]
+        ]
+
+    def _loss(self) -> TollLoss:
+        return TollLoss(self.beta, strength=self.strength, exponent=self.exponent)
+
+    def _score_weight(self) -> float:
+        if self.score_weight is not None:
+            return check_finite_float("score_weight", self.score_weight, minimum=0)
+        if self.score_scale == "median":
+            return _SCORE_WEIGHT
+        if self.beta == "auto":
+            msg = "score_scale='none' with beta='auto' needs a score_weight: there is no beta to weigh the latent by"
+            raise ValueError(msg)
+        return check_finite_float("beta", self.beta, minimum=0)
 
     def _take(self, fitted: FittedTable, table: NDArray[Any], before: Mapping[str, Floats]) -> None:
         """Set what a fit leaves on the detector; ``before`` are the curves that the new ones go on from."""
@@ -351,7 +403,7 @@ class TollDetector(CarefulDetector):
         self._check_fitted()
         table = self._table(X)
         return Explanation.of(
-            self._model.parts(table), self._model.score(table), self._model.loss.beta, self._input_names()
+            self._model.parts(table), self._model.score(table), self._model.weight, self._input_names()
         )
 
     def _input_names(self) -> list[str]:
@@ -472,4 +524,6 @@ def _print_epoch(epoch: int, histories: list[History]) -> None:
     sys.stdout.write(f"epoch {epoch + 1} {values}\n")
 
 
+#: Of the latent term where both terms are in units of their own.
+_SCORE_WEIGHT = 0.5
 _PLAIN = (np.dtype(np.float64), np.dtype(np.float32))

@@ -7,14 +7,15 @@ import importlib.util
 import warnings
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from toll_plugin.core.modes import evaluating
-from toll_plugin.core.objective import terms_of_residual
-from toll_plugin.core.tables.model import TableModel
+from toll_plugin.core.objective import TollTerms, norm_per_sample, toll_score
+from toll_plugin.core.tables.metric import MahalanobisNorm
+from toll_plugin.core.tables.model import Measure, TableModel
 from toll_plugin.core.tables.scaling import TableScaling
 from toll_plugin.pyod.files import replacing
 
@@ -26,24 +27,30 @@ class _Score(nn.Module):
 
     def __init__(self, model: TableModel, scaling: TableScaling) -> None:
         super().__init__()
-        self._scaling, self._loss, self._term = scaling, model.loss, model.score_term
-        self.networks = nn.ModuleList(copy.deepcopy(network).double() for network in model.networks)
-        metric = model.metric
-        self._metric = None if metric is None else (torch.from_numpy(metric.mean), torch.from_numpy(metric.matrix))
+        self._scaling, self._model = scaling, model
+        self.networks = nn.ModuleList(copy.deepcopy(member.network).double() for member in model.members)
+        self._measures = [[_of_tensors(measure) for measure in member[1:]] for member in model.members]
 
     def forward(self, x: Tensor) -> Tensor:
         scaled, limit = self._scaling.transform_tensor(x), self._scaling.limit
         inputs = scaled if limit is None else scaled.clamp(-limit, limit)
-        scores = []
-        for network in self.networks:
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for network, measures in zip(self.networks, self._measures, strict=True):
             reconstruction, latent = network(inputs)
-            residual = scaled - reconstruction
-            if self._metric is not None:
-                mean, matrix = self._metric
-                residual = (residual - mean) @ matrix
-            terms = terms_of_residual(residual, latent, exponent=self._loss.exponent)
-            scores.append(self._loss.score(terms, self._term))
-        return torch.stack(scores).mean(dim=0)
+            for terms, measure, rows in zip(found, measures, (scaled - reconstruction, latent), strict=True):
+                if measure is not None:
+                    measured = rows if measure.norm is None else measure.norm(rows)
+                    terms.append(norm_per_sample(measured, self._model.exponent) / measure.unit)
+        means = TollTerms(*(torch.stack(terms).mean(dim=0) if terms else scaled.new_zeros(len(x)) for terms in found))
+        return toll_score(means, beta=self._model.weight, term=self._model.score_term)
+
+
+def _of_tensors(measure: Measure | None) -> Measure | None:
+    """A measure whose norm takes tensors."""
+    if measure is None or measure.norm is None:
+        return measure
+    tensors: Any = map(torch.from_numpy, measure.norm)
+    return Measure(MahalanobisNorm(*tensors), measure.unit)
 
 
 def to_onnx(model: TableModel, n_features: int, path: str | PathLike[str]) -> None:

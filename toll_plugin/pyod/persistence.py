@@ -18,9 +18,8 @@ from torch import nn
 
 from toll_plugin import __version__
 from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
-from toll_plugin.core.objective import TollLoss
-from toll_plugin.core.tables.metric import ResidualMetric
-from toll_plugin.core.tables.model import TableModel
+from toll_plugin.core.tables.metric import MahalanobisNorm
+from toll_plugin.core.tables.model import Measure, TableMember, TableModel
 from toll_plugin.core.tables.scaling import TableScaling
 from toll_plugin.pyod.base import CURVES, CarefulDetector
 from toll_plugin.pyod.files import replacing
@@ -28,10 +27,13 @@ from toll_plugin.pyod.files import replacing
 __all__ = ["FORMAT", "load", "save"]
 
 #: Counts up when files change in a way that earlier versions could not read; what they wrote is read.
-FORMAT = 2
+FORMAT = 3
 
 #: What was learned beside the model and the arrays, as JSON knows it.
 _FITTED = ("n_features_in_", "best_epoch_", "threshold_", "_mu", "_sigma", "_thresholder")
+
+#: What a member may measure.
+_MEASURED = ("residual", "latent")
 
 Arrays = dict[str, NDArray[Any]]
 DetectorT = TypeVar("DetectorT", bound=CarefulDetector)
@@ -56,10 +58,11 @@ def save(detector: CarefulDetector, path: str | PathLike[str]) -> None:
         "feature_names_in_": None if names is None else [str(name) for name in names],
         "parameters": parameters,
         "inputs": model.inputs,
-        "networks": [getattr(network, "arguments", None) for network in model.networks],
+        "networks": [getattr(member.network, "arguments", None) for member in model.members],
+        "units": [[measure and measure.unit for measure in member[1:]] for member in model.members],
         "scaling": scaling.kind,
-        "beta": model.loss.beta,
-        "exponent": model.loss.exponent,
+        "weight": model.weight,
+        "exponent": model.exponent,
         "score_term": model.score_term,
     }
     arrays: Arrays = {
@@ -69,10 +72,11 @@ def save(detector: CarefulDetector, path: str | PathLike[str]) -> None:
         "scaling.scale": scaling.scale,
     }
     arrays |= {f"history.{name}": values for name, values in detector.history_.items()}
-    if model.metric is not None:
-        arrays |= {f"metric.{name}": values for name, values in model.metric._asdict().items()}
-    for i, network in enumerate(model.networks):
-        arrays |= {f"network.{i}.{name}": value.numpy() for name, value in network.state_dict().items()}
+    for i, member in enumerate(model.members):
+        arrays |= {f"network.{i}.{name}": value.numpy() for name, value in member.network.state_dict().items()}
+        for kind, measure in zip(_MEASURED, member[1:], strict=True):
+            if measure is not None and measure.norm is not None:
+                arrays |= {f"{kind}.{i}.{name}": values for name, values in measure.norm._asdict().items()}
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     text = json.dumps(config)
     header = {
@@ -121,11 +125,35 @@ def load(
             raise ValueError(msg) from error
     scaling = TableScaling(config["scaling"])
     scaling.centre, scaling.scale = arrays["scaling.centre"], arrays["scaling.scale"]
-    metric = ResidualMetric(arrays["metric.mean"], arrays["metric.matrix"]) if "metric.mean" in arrays else None
-    loss = TollLoss(config["beta"], exponent=config["exponent"])
-    score_term = config.get("score_term", "total")  # format 1 knows no other
-    _restore(detector, TableModel(scaling, networks, loss, metric, score_term), config, arrays)
+    units = config.get("units", [[1.0, 1.0]] * len(networks))  # before format 3, terms were added as they are
+    members = [
+        TableMember(network, *(_measure(kind, i, unit, arrays) for kind, unit in zip(_MEASURED, both, strict=True)))
+        for i, (network, both) in enumerate(zip(networks, units, strict=True))
+    ]
+    model = TableModel(
+        scaling,
+        members,
+        weight=config["weight"] if "weight" in config else config["beta"],
+        exponent=config["exponent"],
+        score_term=config.get("score_term", "total"),  # format 1 knows no other
+    )
+    _restore(detector, model, config, arrays)
     return detector
+
+
+def _measure(kind: str, i: int, unit: float | None, arrays: Arrays) -> Measure | None:
+    """How member ``i`` measures its residual or latent; ``None`` if it does not."""
+    if unit is None:
+        return None
+    if kind == "residual" and "metric.mean" in arrays:  # before format 3, all members shared one
+        size = len(arrays["metric.mean"])
+        whole = MahalanobisNorm(
+            arrays["metric.mean"], np.ones(size), np.zeros((size, 0)), np.zeros(0), arrays["metric.matrix"]
+        )
+        return Measure(whole, unit)
+    if f"{kind}.{i}.mean" not in arrays:
+        return Measure(None, unit)
+    return Measure(MahalanobisNorm(*(arrays[f"{kind}.{i}.{name}"] for name in MahalanobisNorm._fields)), unit)
 
 
 def _restore(detector: CarefulDetector, model: TableModel, config: dict[str, Any], arrays: Arrays) -> None:

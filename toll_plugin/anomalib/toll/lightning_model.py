@@ -285,7 +285,7 @@ class Toll(TollModuleMixin, AnomalibModule):
                 found = self.model.reconstruct(batch.image)
                 monitor.update(found.x, found.terms, ~is_normal(batch), exponent=self.model.loss.exponent)
         # Where the score has no latent term it need not separate anything.
-        scored = self.model.loss.beta > 0 and self.model.score_term != "reconstruction"
+        scored = self.model.loss.weight > 0 and self.model.score_term != "reconstruction"
         return [f for f in monitor.findings() if scored or f.signature != "latent_does_not_separate"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def fit_patches(
             trained = train(
                 [model.network],
                 data,
-                model.loss,
+                [model.loss],
                 options,
                 validation=validation_data,
                 generator=generator,

@@ -13,19 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_option
-from toll_plugin.core.objective import ScoreTerm, TollLoss
+from toll_plugin.core.objective import ScoreTerm, TollLoss, typical
 from toll_plugin.core.rows import Rows
-from toll_plugin.core.tables.metric import ResidualMetric
-from toll_plugin.core.tables.model import TableModel
+from toll_plugin.core.tables.metric import MahalanobisNorm
+from toll_plugin.core.tables.model import Measure, TableMember, TableModel
 from toll_plugin.core.tables.rows import Preprocessing, TableRows
 from toll_plugin.core.threads import fork_safe, one_thread
 from toll_plugin.core.training.fit import train, written_out
 from toll_plugin.core.training.loop import History, OnEpoch
 from toll_plugin.core.training.options import TrainingOptions
 
-__all__ = ["FittedTable", "Metric", "TableSplit", "fit_table", "hold_out", "rehearse"]
+__all__ = ["FittedTable", "Metric", "ScoreScale", "TableSplit", "TrainedMember", "fit_table", "hold_out", "rehearse"]
 
 Metric = Literal["mahalanobis", "euclidean"]
+ScoreScale = Literal["median", "none"]
 
 #: Up to this many bytes the scaled training rows are kept; larger tables are scaled batch by batch.
 _KEPT = 1 << 23
@@ -33,6 +34,9 @@ _KEPT = 1 << 23
 _PIECE = 256
 #: Rows that suffice to measure columns and residuals.
 _MEASURED = 10_000
+#: In tables of more columns, residuals are measured on no more rows than this, since the time grows with the
+#: smaller number's third power.
+_WIDE = 2_000
 
 
 class TableSplit(NamedTuple):
@@ -107,6 +111,20 @@ def rehearse(new: int, old: int, seen: int, generator: torch.Generator) -> Table
     return TableSplit(np.sort(np.concatenate([np.arange(new), again])), np.arange(0), np.sort(measured))
 
 
+class TrainedMember(NamedTuple):
+    """A network to train, by which loss, and what it gives to the score.
+
+    Attributes:
+        network: Returns ``(reconstruction, latent)``.
+        loss: Its objective.
+        gives: ``"reconstruction"``, ``"latent"`` or ``"both"``.
+    """
+
+    network: nn.Module
+    loss: TollLoss
+    gives: Literal["both", "reconstruction", "latent"] = "both"
+
+
 class FittedTable(NamedTuple):
     """What :func:`fit_table` returns.
 
@@ -125,11 +143,12 @@ def fit_table(
     x: NDArray[Any],
     split: TableSplit,
     scaling: Preprocessing,
-    networks: Sequence[nn.Module],
-    loss: TollLoss,
+    members: Sequence[TrainedMember],
     options: TrainingOptions,
     *,
     metric: Metric = "mahalanobis",
+    score_scale: ScoreScale = "median",
+    score_weight: float = 0.5,
     score_term: ScoreTerm = "total",
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
@@ -145,12 +164,14 @@ def fit_table(
         x: Finite rows, shape ``(N, n_features)``; a memory map is read in pieces.
         split: Which of them train, see :func:`hold_out`.
         scaling: Fitted; brings raw rows ``(N, n_features)`` to the networks' inputs ``(N, n_inputs)``.
-        networks: Modules that return ``(reconstruction, latent)`` of such inputs, one or more. Several
-            dense autoencoders are trained together, other modules one by one.
-        loss: The objective.
+        members: Networks that return ``(reconstruction, latent)`` of such inputs, each with its loss and what it
+            gives to the score. Dense autoencoders are trained together, other modules one by one.
         options: Of the training, see :func:`toll_plugin.core.fit`. ``input_limit`` is the scaling's own.
-        metric: ``"mahalanobis"`` measures residuals by their covariance on training rows,
-            ``"euclidean"`` takes their plain norm, as the paper does.
+        metric: ``"mahalanobis"`` measures residuals by their covariance on training rows, and latents too where
+            ``score_scale`` is ``"median"``; ``"euclidean"`` takes plain norms, as the paper does.
+        score_scale: ``"median"`` divides each term of each member by its median on training rows, ``"none"``
+            leaves the terms as they are, as the paper does.
+        score_weight: Of the latent term in the score.
         score_term: What the model's scores are: ``"total"``, ``"reconstruction"`` or ``"latent"``.
         device: Where to train; scores are always computed on the CPU.
         generator: Source of order and noise; by default a new one seeded with 0.
@@ -171,22 +192,24 @@ def fit_table(
         >>> from toll_plugin.core import DenseAutoencoder, TableScaling, TollLoss, TrainingOptions
         >>> x = np.random.default_rng(0).normal(size=(50, 6))
         >>> split = hold_out(len(x), 0.0, torch.Generator().manual_seed(0))
-        >>> scaling, network = TableScaling().fit(x), DenseAutoencoder(6, (8,), 2)
-        >>> fitted = fit_table(x, split, scaling, [network], TollLoss(0.1), TrainingOptions(max_epochs=2))
+        >>> member = TrainedMember(DenseAutoencoder(6, (8,), 2), TollLoss("auto"))
+        >>> fitted = fit_table(x, split, TableScaling().fit(x), [member], TrainingOptions(max_epochs=2))
         >>> fitted.model.score(x).shape
         (50,)
     """
     check_option("metric", metric, get_args(Metric))
+    check_option("score_scale", score_scale, get_args(ScoreScale))
+    score_weight = check_finite_float("score_weight", score_weight, minimum=0)
     device = device or torch.device("cpu")
     options = dataclasses.replace(options, input_limit=getattr(scaling, "limit", None))
     data = _kept(TableRows(x, split.training, scaling, device))
     held_out = _kept(TableRows(x, split.validation, scaling, device)) if len(split.validation) else None
-    members = [network.to(device) for network in networks]
-    with one_thread() if written_out(members) else fork_safe():
+    networks = [member.network.to(device) for member in members]
+    with one_thread() if written_out(networks) else fork_safe():
         trained = train(
-            members,
+            networks,
             data,
-            loss,
+            [member.loss for member in members],
             options,
             validation=held_out,
             generator=generator,
@@ -194,11 +217,42 @@ def fit_table(
             on_epoch=on_epoch,
             optimizers=optimizers,
         )
-    model = TableModel(scaling, [network.cpu() for network in members], loss, score_term=score_term)
-    if metric == "mahalanobis":
-        with one_thread():
-            model.metric = ResidualMetric.of(model.residuals(x, split.measured))
+    found = [
+        TableMember(
+            network.cpu(),
+            Measure() if member.gives != "latent" else None,
+            Measure() if member.gives != "reconstruction" else None,
+        )
+        for network, member in zip(networks, members, strict=True)
+    ]
+    exponent = members[0].loss.exponent
+    model = TableModel(scaling, found, weight=score_weight, exponent=exponent, score_term=score_term)
+    measured = [_measured(model, i, x, split.measured, metric, score_scale) for i in range(len(found))]
+    model = TableModel(scaling, measured, weight=score_weight, exponent=exponent, score_term=score_term)
     return FittedTable(model, trained.histories, trained.optimizers)
+
+
+def _measured(
+    model: TableModel, i: int, x: NDArray[Any], rows: NDArray[np.int64], metric: Metric, scale: ScoreScale
+) -> TableMember:
+    """A member of the model with norms and units as measured on ``rows``."""
+    member = model.members[i]
+    if model.inputs > _WIDE:
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _WIDE)).astype(np.int64)]
+    kinds: tuple[Literal["residual", "latent"], ...] = ("residual", "latent")
+    measures: list[Measure | None] = []
+    with one_thread():
+        for kind, measure in zip(kinds, member[1:], strict=True):
+            found = measure
+            # In a unit of its own a latent may be measured in any way; as it is, beta weighs its plain norm.
+            if found is not None and metric == "mahalanobis" and (kind == "residual" or scale == "median"):
+                found = Measure(MahalanobisNorm.of(model.vectors(i, kind, x, rows), len(rows)))
+            if found is not None and scale == "median":
+                # The vectors are computed again, since they may be more than memory should hold.
+                terms = [found.term(piece, model.exponent) for piece in model.vectors(i, kind, x, rows)]
+                found = found._replace(unit=typical(np.concatenate(terms)))
+            measures.append(found)
+    return TableMember(member.network, *measures)
 
 
 def _kept(rows: TableRows) -> Rows | Tensor:

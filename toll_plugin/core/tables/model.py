@@ -1,10 +1,10 @@
-"""From the raw rows of a table to scores: scaling, networks, and the metric of the residual."""
+"""From the raw rows of a table to scores: scaling, networks, and how their residuals and latents are measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,22 +12,70 @@ from torch import nn
 
 from toll_plugin.core.checks import check_option
 from toll_plugin.core.networks import DenseAutoencoder
-from toll_plugin.core.objective import ScoreTerm, TollLoss, terms_of_residual
-from toll_plugin.core.tables.metric import ResidualMetric
+from toll_plugin.core.objective import ScoreTerm, TollTerms, norm_per_sample, toll_score
+from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.rows import Preprocessing, scale_rows
 from toll_plugin.core.tables.scaling import Floats, TableScaling
 from toll_plugin.core.tables.scoring import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
 from toll_plugin.core.threads import one_thread
 
-__all__ = ["TableModel", "TableParts"]
+__all__ = ["Measure", "TableMember", "TableModel", "TableParts"]
 
 #: Values per pass of scoring: few enough that the processor's cache holds what lies between the layers, and
 #: that torch starts no threads, for which a forked process would wait forever.
 _CHUNK = 1 << 15
 
 
+class Measure(NamedTuple):
+    """How one member's residual or latent becomes a term of the score: its norm, in a unit.
+
+    Attributes:
+        norm: The norm; ``None`` for the plain one.
+        unit: What the term is divided by, see :func:`toll_plugin.core.typical_terms`.
+    """
+
+    norm: MahalanobisNorm | None = None
+    unit: float = 1.0
+
+    def vectors(self, rows: Floats) -> Floats:
+        """``rows``, whose plain norm is the term."""
+        if self.norm is None:
+            return rows
+        # Blocks of a fixed size, for the sake of the last bits.
+        measured: Floats = self.norm(in_blocks(rows).reshape(-1, BLOCK, rows.shape[1]))
+        return measured.reshape(-1, rows.shape[1])[: len(rows)]
+
+    def term(self, rows: Floats, exponent: int) -> Floats:
+        """The term of each of ``rows``, shape ``(N,)``."""
+        return self.term_of(self.vectors(rows), exponent)
+
+    def term_of(self, vectors: Floats, exponent: int) -> Floats:
+        """The term of rows that are measured."""
+        term: Floats = norm_per_sample(vectors, exponent) / self.unit
+        return term
+
+    @property
+    def largest(self) -> int:
+        """Size of the largest factor of its products."""
+        return 0 if self.norm is None else self.norm.largest
+
+
+class TableMember(NamedTuple):
+    """A trained network and what it gives to the score.
+
+    Attributes:
+        network: Returns ``(reconstruction, latent)``.
+        residual: How its residual is measured; ``None`` if it gives no reconstruction term.
+        latent: How its latent is measured; ``None`` if it gives no latent term.
+    """
+
+    network: nn.Module
+    residual: Measure | None = Measure()
+    latent: Measure | None = Measure()
+
+
 class TableParts(NamedTuple):
-    """What the scores of N rows are made of; means over the members.
+    """What the scores of N rows are made of.
 
     Attributes:
         reconstruction: Reconstruction term, shape ``(N,)``.
@@ -42,26 +90,27 @@ class TableParts(NamedTuple):
 
 
 class TableModel:
-    r"""A fitted model of a table: :math:`s = \frac1M \sum_m \|x - \hat x_m\|^p + \beta\|z_m\|^p`.
+    r"""A fitted model of a table: :math:`s = \frac1R \sum_m \|x - \hat x_m\|^p + w \frac1C \sum_m \|z_m\|^p`.
 
-    Everything is computed in double precision, and a row's score does not depend on which rows
-    are scored with it, to the last bit.
+    The first mean is over the members that give a reconstruction term, the second over those that give a
+    latent term; each term in its member's norm and unit. Everything is computed in double precision, and a
+    row's score does not depend on which rows are scored with it, to the last bit.
 
     Args:
         scaling: Fitted; from raw rows to the networks' input.
-        networks: One or more trained networks, averaged.
-        loss: Holds beta and the exponent.
-        metric: Of the residual; the plain Euclidean norm by default.
+        members: One or more.
+        weight: ``w``.
+        exponent: ``p``.
         score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"``: what :meth:`score` returns.
 
     Raises:
-        ValueError: If ``score_term`` is unknown.
+        ValueError: If ``score_term`` is unknown, or no member gives a term that it needs.
 
     Example:
         >>> import numpy as np
-        >>> from toll_plugin.core import DenseAutoencoder, TollLoss
+        >>> from toll_plugin.core import DenseAutoencoder
         >>> x = np.random.default_rng(0).normal(size=(20, 6))
-        >>> model = TableModel(TableScaling().fit(x), [DenseAutoencoder(6, (8,), 2)], TollLoss(0.1))
+        >>> model = TableModel(TableScaling().fit(x), [TableMember(DenseAutoencoder(6, (8,), 2))], weight=0.1)
         >>> bool((model.score(x)[:1] == model.score(x[:1])).all())
         True
     """
@@ -69,38 +118,39 @@ class TableModel:
     def __init__(
         self,
         scaling: Preprocessing,
-        networks: Sequence[nn.Module],
-        loss: TollLoss,
-        metric: ResidualMetric | None = None,
+        members: Sequence[TableMember],
+        weight: float,
+        exponent: int = 1,
         score_term: ScoreTerm = "total",
     ) -> None:
         check_option("score_term", score_term, get_args(ScoreTerm))
-        self.scaling, self.networks, self.loss, self.metric = scaling, list(networks), loss, metric
+        self.scaling, self.members, self.weight, self.exponent = scaling, list(members), weight, exponent
         self.score_term = score_term
-        self.inputs = int(self.networks[0].input_shape[0])  # type: ignore[index]
+        self.inputs = int(self.members[0].network.input_shape[0])  # type: ignore[index]
         self._limit: float | None = getattr(scaling, "limit", None)
-        self._members = [
-            FoldedAutoencoder(network) if isinstance(network, DenseAutoencoder) else ModuleAutoencoder(network)
-            for network in networks
+        self._runners = [
+            FoldedAutoencoder(member.network)
+            if isinstance(member.network, DenseAutoencoder)
+            else ModuleAutoencoder(member.network)
+            for member in self.members
         ]
+        needed = {"total": ("residual",), "reconstruction": ("residual",), "latent": ("latent",)}[score_term]
+        for name in needed:
+            if all(getattr(member, name) is None for member in self.members):
+                msg = f"score_term={score_term!r} needs a member that measures its {name}, got none"
+                raise ValueError(msg)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is computed from the networks is left out of pickles, so that they name no module that may move.
-        return type(self), (self.scaling, self.networks, self.loss, self.metric, self.score_term)
+        return type(self), (self.scaling, self.members, self.weight, self.exponent, self.score_term)
 
     def score(self, x: NDArray[Any]) -> Floats:
         """Anomaly scores ``(N,)`` of raw rows ``(N, n_features)``; higher is more anomalous."""
-        scores = np.zeros(len(x))
+        scores = np.empty(len(x))
         with self._computing():
             for rows, scaled in self._chunks(x):
-                part, inputs = scores[rows], self._clipped(scaled)
-                for member in self._members:
-                    reconstruction, latent = member(inputs)
-                    terms = terms_of_residual(
-                        self._measured(scaled, reconstruction), latent, exponent=self.loss.exponent
-                    )
-                    part += self.loss.score(terms, self.score_term)[: len(part)]
-        scores /= len(self._members)
+                terms = self._terms(scaled)
+                scores[rows] = toll_score(terms, beta=self.weight, term=self.score_term)[: rows.stop - rows.start]
         if not np.isfinite(scores).all():
             # Rows of raw features that are so far away that double precision ends.
             np.nan_to_num(scores, copy=False, nan=_LARGEST, posinf=_LARGEST)
@@ -111,37 +161,53 @@ class TableModel:
         found: list[TableParts] = []
         with self._computing():
             for rows, scaled in self._chunks(x):
-                n, members, inputs = rows.stop - rows.start, [], self._clipped(scaled)
-                for member in self._members:
-                    reconstruction, latent = member(inputs)
-                    residual = self._measured(scaled, reconstruction)
-                    error, norm = terms_of_residual(residual, latent, exponent=self.loss.exponent)
-                    # Divided by the largest first, whose square may leave double precision.
-                    squares = np.square(residual / np.maximum(np.abs(residual).max(axis=1, keepdims=True), _SMALLEST))
-                    shares = squares / np.maximum(squares.sum(axis=1, keepdims=True), _SMALLEST)
-                    members.append((error[:n], norm[:n], (shares * error[:, None])[:n]))
-                means = (np.nan_to_num(np.mean(part, axis=0), nan=_LARGEST) for part in zip(*members, strict=True))
-                found.append(TableParts(*means))
+                contributions: list[Floats] = []
+                terms = self._terms(scaled, contributions)
+                parts = (*terms, np.mean(contributions, axis=0) if contributions else np.zeros_like(scaled))
+                n = rows.stop - rows.start
+                found.append(TableParts(*(np.nan_to_num(part[:n], nan=_LARGEST) for part in parts)))
         return TableParts(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
+    def _terms(self, scaled: Floats, contributions: list[Floats] | None = None) -> TollTerms[NDArray[Any]]:
+        """Both terms of scaled rows, means over the members that give them; each one's contributions are added."""
+        inputs = self._clipped(scaled)
+        errors, norms = [], []
+        for member, run in zip(self.members, self._runners, strict=True):
+            reconstruction, latent = run(inputs, decode=member.residual is not None)
+            if member.residual is not None and reconstruction is not None:
+                residual = member.residual.vectors(scaled - reconstruction)
+                errors.append(member.residual.term_of(residual, self.exponent))
+                if contributions is not None:
+                    contributions.append(_shares(residual) * errors[-1][:, None])
+            if member.latent is not None:
+                norms.append(member.latent.term(latent, self.exponent))
+        return TollTerms(*(_mean(terms, len(scaled)) for terms in (errors, norms)))
+
     def latent(self, x: NDArray[Any]) -> Floats:
-        """Latents of the first member, shape ``(N, latent_dim)``."""
+        """Latents of the first member that gives a latent term, shape ``(N, latent_dim)``."""
+        first = next((i for i, member in enumerate(self.members) if member.latent is not None), 0)
         with self._computing():
-            chunks = [(rows, self._members[0](self._clipped(scaled))[1]) for rows, scaled in self._chunks(x)]
+            chunks = [
+                (rows, self._runners[first](self._clipped(scaled), decode=False)[1]) for rows, scaled in self._chunks(x)
+            ]
         return np.concatenate([latent[: rows.stop - rows.start] for rows, latent in chunks])
 
-    def residuals(self, x: NDArray[Any], index: NDArray[np.int64]) -> Iterator[Floats]:
-        """Residuals of the rows at ``index`` before the metric, of all members, in pieces ``(n, n_inputs)``."""
+    def vectors(
+        self, member: int, kind: Literal["residual", "latent"], x: NDArray[Any], index: NDArray[np.int64]
+    ) -> Iterator[Floats]:
+        """Residuals or latents of the rows at ``index`` before they are measured, in pieces ``(n, ...)``."""
+        run = self._runners[member]
         with self._computing():
             for rows, scaled in self._chunks(x, index):
-                inputs = self._clipped(scaled)
-                for member in self._members:
-                    yield (scaled - member(inputs)[0])[: rows.stop - rows.start]
+                reconstruction, latent = run(self._clipped(scaled), decode=kind == "residual")
+                vectors = latent if reconstruction is None or kind == "latent" else scaled - reconstruction
+                yield vectors[: rows.stop - rows.start]
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """Silence about what overflows, and one thread where more would change the last bits."""
-        largest = max(0 if self.metric is None else self.metric.matrix.size, *(m.largest for m in self._members))
+        measures = [measure for member in self.members for measure in member[1:] if measure is not None]
+        largest = max(runner.largest for runner in [*self._runners, *measures])
         threads = one_thread() if largest > _ONE_THREAD else nullcontext()
         with threads, np.errstate(over="ignore", invalid="ignore"):
             yield
@@ -163,15 +229,18 @@ class TableModel:
             return scaled
         return scaled.clip(-self._limit, self._limit)
 
-    def _measured(self, scaled: Floats, reconstruction: Floats) -> Floats:
-        """The residual, in its metric."""
-        residual = scaled - reconstruction
-        if self.metric is None:
-            return residual
-        residual -= self.metric.mean
-        measured = np.matmul(residual.reshape(-1, BLOCK, residual.shape[1]), self.metric.matrix)
-        reshaped: Floats = measured.reshape(residual.shape)
-        return reshaped
+
+def _mean(terms: list[Floats], count: int) -> Floats:
+    mean: Floats = sum(terms[1:], start=terms[0]) / len(terms) if terms else np.zeros(count)
+    return mean
+
+
+def _shares(vectors: Floats) -> Floats:
+    """Share of each component in its row's squared norm."""
+    # Divided by the largest first, whose square may leave double precision.
+    squares = np.square(vectors / np.maximum(np.abs(vectors).max(axis=1, keepdims=True), _SMALLEST))
+    shares: Floats = squares / np.maximum(squares.sum(axis=1, keepdims=True), _SMALLEST)
+    return shares
 
 
 #: Weights of a layer from which BLAS may split a block among threads.

@@ -53,11 +53,11 @@ class FoldedAutoencoder:
         self._encoder, self._decoder = _fold(network.encoder), _fold(network.decoder)
         self.largest = max(weight.size for weight, *_ in (*self._encoder, *self._decoder))
 
-    def __call__(self, x: Floats) -> tuple[Floats, Floats]:
-        """Return reconstructions and latents."""
+    def __call__(self, x: Floats, *, decode: bool = True) -> tuple[Floats | None, Floats]:
+        """Return reconstructions, unless they are not to be decoded, and latents."""
         latent = _run(self._encoder, x.reshape(-1, BLOCK, x.shape[1]))
-        reconstruction = _run(self._decoder, latent)
-        return reconstruction.reshape(x.shape), latent.reshape(len(x), -1)
+        reconstruction = _run(self._decoder, latent).reshape(x.shape) if decode else None
+        return reconstruction, latent.reshape(len(x), -1)
 
 
 _Stack = list[tuple[Floats, Floats, bool]]
@@ -107,8 +107,9 @@ class ModuleAutoencoder:
         # Evaluation mode once and for all: threads that score at once share it.
         self._network, self._block = copy.deepcopy(network).cpu().double().eval(), block
 
-    def __call__(self, x: Floats) -> tuple[Floats, Floats]:
-        """Return reconstructions and latents."""
+    def __call__(self, x: Floats, *, decode: bool = True) -> tuple[Floats | None, Floats]:
+        """Return reconstructions and latents; what they are not to be ``decode``d for costs nothing to give."""
+        del decode
         parts = []
         with torch.no_grad():
             for start in range(0, len(x), self._block):

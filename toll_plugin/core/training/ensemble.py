@@ -8,6 +8,7 @@ all of them is one product and an optimiser steps on one tensor. Samples lie alo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing_extensions import override
 
 from toll_plugin.core.modes import evaluating
 from toll_plugin.core.networks import DenseAutoencoder, blocks
-from toll_plugin.core.objective import TollLoss, TollTerms
+from toll_plugin.core.objective import TollLoss, TollTerms, toll_terms
 from toll_plugin.core.training.batch_norm import Array, Norm, NormTrace, Weights
 from toll_plugin.core.training.learners import Learner
 from toll_plugin.core.training.optimizers import MakeOptimizer
@@ -220,25 +221,42 @@ def _copy(module: nn.Module, **values: Array) -> None:
 
 
 class DenseLearner(Learner):
-    """Several dense autoencoders on the CPU at once, by the step that :class:`DenseEnsemble` writes out."""
+    """Several dense autoencoders on the CPU at once, by the step that :class:`DenseEnsemble` writes out.
+
+    Args:
+        networks: The members.
+        losses: One per member, all of one exponent.
+        make: Makes the optimiser of all weights, as one parameter.
+        generator: Source of dropout masks.
+    """
 
     def __init__(
         self,
         networks: Sequence[DenseAutoencoder],
-        loss: TollLoss,
+        losses: Sequence[TollLoss],
         make: MakeOptimizer,
         generator: torch.Generator,
     ) -> None:
         self.module = self.ensemble = DenseEnsemble(networks, generator=generator)
         self.members = self.ensemble.members
-        self._loss = loss
+        self.losses = []
+        for loss, group in itertools.groupby(losses):
+            start = self.losses[-1][0].stop if self.losses else 0
+            self.losses.append((slice(start, start + len(list(group))), loss))
         self.optimizer = make([self.ensemble.flat])
 
     def _terms(self, x: Array, reconstruction: Array, latent: Array) -> TollTerms[Array]:
-        """The terms of all members' samples, one member after the other."""
+        """The terms of all members' samples, ``(M, N)``."""
         # Views if there is one member, else copies with the samples first.
         rows = [array.swapaxes(1, 2).reshape(-1, array.shape[1]) for array in (reconstruction, latent)]
-        return self._loss.terms(np.tile(x, (self.members, 1)) if self.members > 1 else x, *rows)
+        samples = np.tile(x, (self.members, 1)) if self.members > 1 else x
+        terms = toll_terms(samples, *rows, exponent=self.losses[0][1].exponent)
+        return TollTerms(*(term.reshape(self.members, -1) for term in terms))
+
+    def _slopes(self, terms: TollTerms[Array]) -> tuple[Array, Array]:
+        found = [loss.slopes(TollTerms(*(term[which] for term in terms))) for which, loss in self.losses]
+        a, b = (np.concatenate(slopes) if len(slopes) > 1 else slopes[0] for slopes in zip(*found, strict=True))
+        return a, b
 
     @override
     @torch.no_grad()
@@ -247,11 +265,11 @@ class DenseLearner(Learner):
         x: Array = targets.numpy()
         terms = self._terms(x, reconstruction, latent)
         # Divided by the samples of one member: each has its own weights, so their gradients do not mix.
-        a, b = (slope.reshape(self.members, 1, -1) / len(x) for slope in self._loss.slopes(terms))
+        a, b = (slope[:, None] / len(x) for slope in self._slopes(terms))
         reconstruction -= x.T
         reconstruction *= a
         self.ensemble.backward(reconstruction, latent * b)
-        means = [np.add.reduce(term.reshape(self.members, -1), axis=1) / len(x) for term in terms]
+        means = [np.add.reduce(term, axis=1) / len(x) for term in terms]
         return torch.from_numpy(np.stack(means))
 
     @override
@@ -273,7 +291,7 @@ class DenseLearner(Learner):
     def terms(self, inputs: Tensor, targets: Tensor) -> TollTerms[Tensor]:
         with evaluating(self.ensemble):
             terms = self._terms(targets.numpy(), *self.ensemble.run(inputs.numpy()))
-        return TollTerms(*(torch.from_numpy(term).view(self.members, -1) for term in terms))
+        return TollTerms(*(torch.from_numpy(term) for term in terms))
 
     @override
     def tensors(self) -> Iterator[Tensor]:

@@ -135,7 +135,7 @@ def fit(
         input_limit=input_limit,
     )
     learner = AutogradLearner(network, loss, options.make_optimizer())
-    (history,) = _run(learner, x, loss, options, validation, generator, progress, on_epoch).histories
+    (history,) = _run(learner, x, options, validation, generator, progress, on_epoch).histories
     return history
 
 
@@ -191,8 +191,8 @@ def fit_ensemble(
         input_limit=input_limit,
     )
     generator = generator or torch.Generator().manual_seed(0)
-    learner = DenseLearner(networks, loss, options.make_optimizer(), generator)
-    return _run(learner, x, loss, options, validation, generator, progress, on_epoch).histories
+    learner = DenseLearner(networks, [loss] * len(networks), options.make_optimizer(), generator)
+    return _run(learner, x, options, validation, generator, progress, on_epoch).histories
 
 
 def written_out(networks: Sequence[nn.Module]) -> bool:
@@ -207,7 +207,7 @@ def _on_cpu(network: nn.Module) -> bool:
 def train(
     networks: Sequence[nn.Module],
     x: Tensor | Rows,
-    loss: TollLoss,
+    losses: Sequence[TollLoss],
     options: TrainingOptions,
     *,
     validation: Tensor | Rows | None = None,
@@ -218,33 +218,38 @@ def train(
 ) -> Trained:
     """Train networks by options that are one object: together if they are :func:`written_out`, else one by one.
 
-    ``optimizers`` is what an earlier call returned by that name, to go on with; the samples and the other
-    arguments are those of :func:`fit`.
+    ``losses`` has one for each network, all of one exponent, and ``optimizers`` is what an earlier call returned
+    by that name, to go on with; the samples and the other arguments are those of :func:`fit`.
+
+    Raises:
+        ValueError: If there are more or fewer losses than networks, or their exponents differ.
     """
+    if len(losses) != len(networks) or len({loss.exponent for loss in losses}) != 1:
+        msg = f"losses must be one for each of {len(networks)} networks, all of one exponent, got {list(losses)}"
+        raise ValueError(msg)
     generator = generator or torch.Generator().manual_seed(0)
     make = options.make_optimizer()
     learners: list[Learner] = (
-        [DenseLearner(cast("Sequence[DenseAutoencoder]", networks), loss, make, generator)]
+        [DenseLearner(cast("Sequence[DenseAutoencoder]", networks), losses, make, generator)]
         if written_out(networks)
-        else [AutogradLearner(network, loss, make) for network in networks]
+        else [AutogradLearner(network, loss, make) for network, loss in zip(networks, losses, strict=True)]
     )
     for learner, state in zip(learners, optimizers, strict=bool(optimizers)):
         learner.resume(state)
-    parts = [_run(learner, x, loss, options, validation, generator, progress, on_epoch) for learner in learners]
+    parts = [_run(learner, x, options, validation, generator, progress, on_epoch) for learner in learners]
     return Trained([h for part in parts for h in part.histories], [s for part in parts for s in part.optimizers])
 
 
 def _run(
     learner: Learner,
     x: Tensor | Rows,
-    loss: TollLoss,
     options: TrainingOptions,
     validation: Tensor | Rows | None,
     generator: torch.Generator | None,
     progress: bool,
     on_epoch: OnEpoch | None,
 ) -> Trained:
-    loop = Loop(learner, loss, x, validation, options, generator or torch.Generator().manual_seed(0))
+    loop = Loop(learner, x, validation, options, generator or torch.Generator().manual_seed(0))
     with torch.enable_grad(), learner.training():
         histories = loop.run(progress, on_epoch)
     return Trained(histories, [learner.optimizer_state()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,11 +25,13 @@ class Learner(ABC):
     Attributes:
         module: Holds all weights; its mode decides how batches are normalised.
         members: M.
+        losses: Which members are trained by which loss.
         optimizer: Moves all weights.
     """
 
     module: nn.Module
     members: int
+    losses: Sequence[tuple[slice, TollLoss]]
     optimizer: Optimizer
 
     @abstractmethod
@@ -54,6 +56,11 @@ class Learner(ABC):
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """Every weight and buffer, each ``(M, *)``; writing to them changes the networks."""
+
+    def totals(self, means: TollTerms[Tensor]) -> Tensor:
+        """Each member's loss from the means of its terms, ``(..., M)`` as they are."""
+        parts = [loss.of_means(TollTerms(*(mean[..., which] for mean in means))) for which, loss in self.losses]
+        return torch.cat(parts, dim=-1)
 
     def copy(self) -> list[Tensor]:
         """A copy of every weight and buffer."""
@@ -89,6 +96,7 @@ class AutogradLearner(Learner):
 
     def __init__(self, network: nn.Module, loss: TollLoss, make: MakeOptimizer) -> None:
         self.module, self._loss = network, loss
+        self.losses = [(slice(None), loss)]
         self.optimizer = make(network.parameters())
 
     @override
@@ -96,7 +104,7 @@ class AutogradLearner(Learner):
         with batch_norm_fits(self.module, len(inputs)):
             terms = self._loss.terms(targets, *self.module(inputs))
         self.optimizer.zero_grad()
-        self._loss.score(terms).mean().backward()
+        self._loss.losses(terms).mean().backward()
         return torch.stack([term.detach().mean() for term in terms])[:, None]
 
     @override

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from toll_plugin.core.networks import check_input
-from toll_plugin.core.objective import TollLoss, TollTerms
+from toll_plugin.core.objective import TollTerms
 from toll_plugin.core.rows import Rows
 from toll_plugin.core.training.divergence import DivergenceGuard
 from toll_plugin.core.training.learners import Learner
@@ -42,6 +42,8 @@ class History:
 #: Called after each epoch with its number, from 0, and the histories so far.
 OnEpoch = Callable[[int, list[History]], None]
 
+#: What is measured in each step, by the names of the history.
+_NAMES = ("total", "reconstruction", "latent")
 #: Held-out samples per pass.
 _EVALUATION_BATCH = 1024
 #: Steps whose losses are looked at together: looking means waiting for the device.
@@ -53,7 +55,6 @@ class Loop:
 
     Args:
         learner: What is trained.
-        loss: The objective.
         x: The samples.
         validation: Held-out samples, whose lowest loss chooses the epoch; ``None`` for none.
         options: Of the training.
@@ -67,7 +68,6 @@ class Loop:
     def __init__(
         self,
         learner: Learner,
-        loss: TollLoss,
         x: Tensor | Rows,
         validation: Tensor | Rows | None,
         options: TrainingOptions,
@@ -75,7 +75,7 @@ class Loop:
     ) -> None:
         for name, samples in (("x", x), ("validation", validation)):
             _check_samples(name, samples, learner.module)
-        self._learner, self._loss, self._x, self._validation = learner, loss, x, validation
+        self._learner, self._x, self._validation = learner, x, validation
         self._options, self._generator = options, generator
         self._patience = options.epochs_to_wait(held_out=validation is not None)
         self._steps = options.steps(len(x))
@@ -132,25 +132,23 @@ class Loop:
                 self._look(step - len(waiting), waiting, sums)
                 seen += sum(count for count, _ in waiting)
                 waiting.clear()
-        for member, history in enumerate(self._histories):
-            for name, mean in self._named(*(term[member] / seen for term in sums)).items():
+        terms = TollTerms(*(torch.tensor(term, dtype=torch.float64) / seen for term in sums))
+        for name, means in zip(_NAMES, (self._learner.totals(terms), *terms), strict=True):
+            for history, mean in zip(self._histories, means.tolist(), strict=True):
                 getattr(history, name).append(mean)
         return step
 
     def _look(self, first: int, steps: list[tuple[int, Tensor]], sums: list[list[float]]) -> None:
         """Add what the steps from ``first`` on measured to ``sums``; stop at one that is not finite."""
-        fetched = torch.stack([means for _, means in steps]).tolist()
-        for i, ((count, _), means) in enumerate(zip(steps, fetched, strict=True)):
-            self._guard.check(first + i, **self._named(*(sum(values) / len(values) for values in means)))
-            for term, values in zip(sums, means, strict=True):
-                for member, value in enumerate(values):
+        fetched = torch.stack([means for _, means in steps]).double().cpu()
+        terms = TollTerms(*fetched.unbind(dim=1))
+        totals = self._learner.totals(terms)
+        watched = torch.stack([totals, *terms]).mean(dim=2).T.tolist()  # one row per step, one value per name
+        for i, ((count, _), means, values) in enumerate(zip(steps, fetched.tolist(), watched, strict=True)):
+            self._guard.check(first + i, **dict(zip(_NAMES, values, strict=True)))
+            for term, members in zip(sums, means, strict=True):
+                for member, value in enumerate(members):
                     term[member] += value * count
-
-    def _named(self, reconstruction: float, latent: float) -> dict[str, float]:
-        """Loss and terms by name, from the means of both terms."""
-        # The mean of a sum is the sum of the means.
-        total = self._loss.score(TollTerms(reconstruction, latent))
-        return {"total": total, "reconstruction": reconstruction, "latent": latent}
 
     def _batches(self, order: Tensor) -> list[Tensor]:
         batches = list(torch.split(order, self._options.batch_size))
@@ -176,8 +174,7 @@ class Loop:
             targets = validation[slice(start, start + _EVALUATION_BATCH)]
             terms = self._learner.terms(self._clipped(targets), targets)
             sums += torch.stack([*terms]).cpu().double().sum(dim=2)
-        held_out: Tensor = self._loss.score(TollTerms(*(sums / len(validation))))
-        return held_out
+        return self._learner.totals(TollTerms(*(sums / len(validation))))
 
 
 def _check_samples(name: str, samples: Tensor | Rows | None, network: nn.Module) -> None:
