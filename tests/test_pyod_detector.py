@@ -29,7 +29,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, QuantileTransformer, StandardScaler
 from torch import nn
 
-from toll_plugin.core import DivergenceError
+from toll_plugin.core import DivergenceError, MahalanobisNorm
 from toll_plugin.pyod import TollDetector
 
 
@@ -67,11 +67,17 @@ class TestLoaded(_Toll):
         return type(detector).load("detector.toll")
 
 
-class TestEuclidean(_Toll):
+class TestPaper(_Toll):
     """The score as the paper has it."""
 
     def make(self, **parameters):
-        return make(**{"metric": "euclidean", "noise": 0.0, "n_members": 1} | parameters)
+        paper = {"metric": "euclidean", "score_scale": "none", "beta": 0.1, "n_members": 1}
+        return make(**paper | parameters)
+
+
+class TestEveryMemberGivesBothTerms(_Toll):
+    def make(self, **parameters):
+        return make(**{"n_members": 3, "n_collapsed": 3, "exponent": 2, "strength": 0.5} | parameters)
 
 
 class TestOwnModules(_Toll):
@@ -115,6 +121,13 @@ def test_the_constructor_only_stores():
         ("hidden_sizes", (8, 0), ValueError, r"hidden_sizes\[1\] must be at least 1, got 0"),
         ("latent_dim", 0, ValueError, "latent_dim must be at least 1, got 0"),
         ("beta", -1.0, ValueError, "beta must be finite and >= 0, got -1.0"),
+        ("beta", "relative", TypeError, "beta must be a number of at least 0 or 'auto', got 'relative'"),
+        ("strength", -1.0, ValueError, "strength must be finite and >= 0, got -1.0"),
+        ("score_scale", "mean", ValueError, "score_scale must be one of 'median', 'none', got 'mean'"),
+        ("score_scale", "none", ValueError, "score_scale='none' with beta='auto' needs a score_weight"),
+        ("score_weight", -1, ValueError, "score_weight must be finite and >= 0, got -1"),
+        ("n_collapsed", 3, ValueError, "n_collapsed must be at most n_members, 2, got 3"),
+        ("n_collapsed", -1, ValueError, "n_collapsed must be at least 0, got -1"),
         ("exponent", 3, ValueError, "exponent must be one of 1, 2, got 3"),
         ("dropout", 1.0, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         ("n_members", 0, ValueError, "n_members must be at least 1, got 0"),
@@ -568,6 +581,59 @@ def test_silent_unless_asked(capsys):
     assert all("total" in line and "validation" in line for line in lines)
 
 
+def test_no_strength_is_beta_0_to_the_last_bit():
+    none, zero = make(strength=0, n_members=4).fit(X), make(beta=0, n_members=4).fit(X)
+    np.testing.assert_array_equal(none.decision_scores_, zero.decision_scores_)
+    assert not np.array_equal(make(n_members=4).fit(X).decision_scores_, zero.decision_scores_)
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_the_pressure_keeps_the_latent_in_proportion_whatever_the_exponent(exponent):
+    pulled = make(exponent=exponent, n_members=1, max_steps=200).fit(X)
+    free = make(exponent=exponent, n_members=1, max_steps=200, beta=0).fit(X)
+    assert pulled.history_["latent"][-1] < 0.5 * free.history_["latent"][-1]
+    np.testing.assert_allclose(pulled.history_["total"], 2 * pulled.history_["reconstruction"])
+    assert np.isfinite(pulled.decision_function(OTHER * 1e6)).all()
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize(
+    "table",
+    [np.ones((10, 3)), np.zeros((10, 3)), np.ones((10, 1)), X[:2], X[:, :1], X[:2, :1], np.eye(6)[:3]],
+    ids=["ones", "zeros", "one constant column", "two rows", "one column", "two numbers", "half zero"],
+)
+def test_tables_with_little_in_them(table, members):
+    detector = make(n_members=members).fit(table)
+    new = np.vstack([table, table + 1, table * 1e9, -table])
+    scores = detector.decision_function(new)
+    assert np.isfinite(scores).all()
+    np.testing.assert_array_equal(detector.decision_function(table), detector.decision_scores_)
+    found = detector.explain(new)
+    np.testing.assert_allclose(found.reconstruction + found.latent, scores)
+
+
+def test_scores_are_in_medians_of_training_rows():
+    detector = make(n_members=4, score_weight=0.25).fit(X)
+    found = detector.explain(X)
+    assert np.median(found.reconstruction) == pytest.approx(1, rel=0.1)
+    assert np.median(found.latent) == pytest.approx(0.25, rel=0.1)
+    np.testing.assert_allclose(found.reconstruction + found.latent, detector.decision_scores_)
+    np.testing.assert_allclose(found.contributions.sum(axis=1), found.reconstruction)
+
+
+def test_more_columns_than_rows():
+    wide = np.random.default_rng(0).normal(size=(12, 40)) @ np.random.default_rng(1).normal(size=(40, 40))
+    detector = make(n_members=1).fit(wide)
+    measure = detector._model.members[0].residual
+    assert len(measure.norm.matrix) == 0
+    residuals = np.concatenate(list(detector._model.vectors(0, "residual", wide, np.arange(12))))
+    norm = MahalanobisNorm.dense([residuals])
+    measured = np.sqrt(np.square(norm(residuals)).sum(axis=1))
+    np.testing.assert_allclose(detector.explain(wide).reconstruction, measured / np.median(measured), rtol=1e-6)
+    detector.save("wide.toll")
+    np.testing.assert_array_equal(TollDetector.load("wide.toll").decision_function(wide), detector.decision_scores_)
+
+
 def test_members_are_averaged():
     detector = make(n_members=3, n_collapsed=3, metric="euclidean").fit(X)
     model = detector._model
@@ -599,11 +665,11 @@ def test_the_metric_is_the_mahalanobis_distance_of_the_residual():
 
 def test_explanations_name_the_feature_that_is_off():
     frame = pd.DataFrame(X, columns=list("abcdef"))
-    detector = make(max_steps=200).fit(frame)
-    row = frame.iloc[[30]].copy()
-    row["d"] += 40
-    found = detector.explain(row)
-    assert found.top(0, 1)[0][0] == "d"
+    detector = TollDetector().fit(frame)
+    rows = pd.concat([frame.iloc[[30]]] * 6)
+    rows += 40 * np.eye(6)
+    found = detector.explain(rows)
+    assert [found.top(i, 1)[0][0] for i in range(6)] == list("abcdef")
     assert len(found.top(0, 3)) == 3
     with pytest.raises(ValueError, match="count must be at least 1"):
         found.top(0, 0)
@@ -638,7 +704,7 @@ def test_a_pickle_holds_no_training_rows_and_no_optimiser():
 # -- what a review found -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parameters", [{}, {"metric": "euclidean"}])
+@pytest.mark.parametrize("parameters", [{}, {"metric": "euclidean"}, {"score_scale": "none", "beta": 0.1}])
 def test_scores_grow_on_every_ray_once_it_is_far(parameters):
     x = np.random.default_rng(0).normal(size=(200, 2))
     detector = TollDetector(**{"max_steps": 400} | parameters).fit(x)

@@ -226,7 +226,9 @@ def scored(path, rows):
     "parameters",
     [
         {},
-        {"metric": "euclidean", "exponent": 2, "n_members": 1},
+        {"metric": "euclidean", "exponent": 2, "n_members": 1, "score_scale": "none", "beta": 0.1},
+        {"n_members": 3, "n_collapsed": 3, "score_term": "latent"},
+        {"latent_dim": 80},  # more than rows
         {"preprocessing": "none", "batch_norm": False, "dropout": 0.2},
         {
             "encoder": nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)),
@@ -234,7 +236,7 @@ def scored(path, rows):
             "n_members": 1,
         },
     ],
-    ids=["default", "paper", "raw", "own"],
+    ids=["default", "paper", "latent", "wide", "raw", "own"],
 )
 def test_the_graph_scores_as_the_detector_does(parameters):
     detector = make(**parameters).fit(X)

@@ -24,7 +24,7 @@ NETS = {
 }
 
 #: One network as the others train it, for as many epochs as they do.
-PLAIN = {"n_members": 1, "noise": 0.0, "metric": "euclidean", "max_steps": None}
+PLAIN = {"n_members": 1, "beta": 0.1, "score_scale": "none", "metric": "euclidean", "max_steps": None, "lr": 1e-3}
 
 #: Steps of TollDetector until an AUROC is reached.
 STEPS = (25, 50, 100, 200, 400, 800, 1600, 3200)

@@ -22,14 +22,15 @@ __all__ = ["Explanation", "plot_history", "plot_latent"]
 class Explanation:
     r"""What the scores of N rows are made of; means over the members.
 
-    ``score = reconstruction + latent`` (unless the detector's ``score_term`` is one of them alone), and
+    ``score = reconstruction + latent`` (unless the detector's ``score_term`` is one of them alone). With the default
+    ``score_scale`` both are in the same unit: 1 is the median reconstruction term of the training rows. And
     the contributions of a row add up to its ``reconstruction``: feature j has the part
     :math:`r_j^2 / \|r\|^2` of it, with r the residual in the detector's metric.
 
     Attributes:
         score: ``decision_function`` of the rows, shape ``(N,)``.
         reconstruction: The reconstruction's share, shape ``(N,)``.
-        latent: The latent's share, :math:`\beta \|z\|^p`, shape ``(N,)``.
+        latent: The latent's share, weighted as in the score, shape ``(N,)``.
         contributions: Each feature's part of ``reconstruction``, shape ``(N, n_inputs)``.
         names: The features' names; numbers as text where the data had none.
 
@@ -49,9 +50,9 @@ class Explanation:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, parts: TableParts, score: Floats, beta: float, names: Sequence[str]) -> Explanation:
-        """From a model's parts and scores."""
-        return cls(score, parts.reconstruction, beta * parts.latent, parts.contributions, tuple(names))
+    def of(cls, parts: TableParts, score: Floats, weight: float, names: Sequence[str]) -> Explanation:
+        """From a model's parts and scores, and the weight of its latent term."""
+        return cls(score, parts.reconstruction, weight * parts.latent, parts.contributions, tuple(names))
 
     def top(self, row: int, count: int = 5) -> list[tuple[str, float]]:
         """The ``count`` features that contribute most to a row's score, largest first.
