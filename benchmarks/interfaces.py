@@ -38,7 +38,7 @@ class Scored:
     Attributes:
         scores: ``(N,)`` in double precision, higher is more anomalous, not yet mapped or clipped.
         terms: What a score is made of, by name, each ``(N,)``: ``reconstruction`` and ``latent``
-            (the latent's norm) where a method has them.
+            (the latent's norm, or its share of the score) where a method has them.
         maps: ``(N, h, w)``, higher is more anomalous, where a method locates anomalies.
     """
 

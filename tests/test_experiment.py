@@ -20,7 +20,7 @@ from benchmarks.data.datasets import DATASETS, PROTOCOLS, Limits
 from benchmarks.data.tables import find_table, halves
 from benchmarks.interfaces import Budget, Detector, Scored, Split
 from benchmarks.methods.registry import METHODS, build
-from benchmarks.methods.tables import TableDetector
+from benchmarks.methods.tables import DETERMINISTIC, PYOD, TableDetector
 from benchmarks.run import evaluate, experiment
 from benchmarks.run.experiment import EXPERIMENTS, run, with_experiment
 from benchmarks.run.metrics import DRAWS, image_metrics, pixel_metrics, rare, spliced
@@ -320,8 +320,8 @@ def test_table_methods(odds, name):
     assert image_metrics(split.anomalous, found.scores)["auroc"] > 0.9
     assert first.size() > 0
     if name == "TollDetector":
-        # beta's default is 0.1.
-        np.testing.assert_allclose(found.scores, found.terms["reconstruction"] + 0.1 * found.terms["latent"])
+        # Each term is its share of the score.
+        np.testing.assert_allclose(found.scores, found.terms["reconstruction"] + found.terms["latent"])
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.0])
@@ -357,6 +357,25 @@ def test_seeds_reach_detectors_that_train_networks(odds, name):
     assert not np.array_equal(found[0], found[2])
     assert torch.equal(torch.random.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+def test_a_score_without_the_latent_has_no_latent_term(odds):
+    detector = build("table", "TollDetector", Budget(), 0, {"beta": 0.0, "score_scale": "none", "max_steps": 20})
+    split = split_of("odds", "t", root=odds)
+    detector.fit(split)
+    assert set(detector.score(split.test).terms) == {"reconstruction"}
+
+
+@pytest.mark.parametrize("name", [name for name in PYOD if name not in ("AutoEncoder", "VAE", "LUNAR", "DIF", "ALAD")])
+def test_which_detectors_draw(name):
+    """The others, which train networks, are tested above."""
+    split = split_of("gaussian", "16", rows=80)
+    found = []
+    for seed in (0, 1):
+        detector = build("table", name, Budget(), seed, {"epochs": 1} if name == "DeepSVDD" else {})
+        detector.fit(split)
+        found.append(detector.score(split.test).scores)
+    assert np.array_equal(*found) == (name in DETERMINISTIC)
 
 
 @pytest.mark.parametrize(
@@ -414,6 +433,41 @@ def test_an_experiment_ends_in_a_record_and_a_page(tmp_path, odds, capsys):
     assert str(tmp_path) not in json.dumps([r for r in record["runs"] if r.pop("configuration")])
 
 
+def test_restarts_are_other_initial_weights_on_the_same_split(tmp_path, odds, monkeypatch):
+    seen = []
+    monkeypatch.setattr("benchmarks.methods.registry.build", lambda *given: seen.append(given[3]) or build(*given))
+    methods = ["KNN", {"IForest": {"n_estimators": 5}, "as": "few trees"}]
+    record = small(tmp_path, odds, methods=methods, seeds=2, restarts=2)
+    found = [(c["label"], c["seed"], c.get("restart")) for c in (r["configuration"] for r in record["runs"])]
+    assert found == [
+        ("KNN", 0, None),
+        ("few trees", 0, None),
+        ("few trees", 0, 1),
+        ("KNN", 1, None),
+        ("few trees", 1, None),
+        ("few trees", 1, 1),
+    ]
+    assert seen == [0, 0, 1000, 1, 1, 1001]
+    scores = {key: r["roc"] for key, r in zip(found, record["runs"], strict=True)}
+    assert record["runs"][0]["samples"] == record["runs"][2]["samples"]
+    assert len(scores) == 6
+    assert record["table"].startswith("**odds, semi-supervised** (2 methods, 1 part, 2 seeds, 2 restarts, 6 runs)")
+
+
+@pytest.mark.parametrize(("seeds", "restarts"), [(1, 3), (3, 1)])
+def test_all_rows_have_no_split_to_repeat(seeds, restarts):
+    def cells(**limits):
+        given = [{"gaussian": {"parts": ["16"]}}], ["KNN", "IForest"], ["unsupervised"], seeds
+        plan = plan_of(*given, Limits(**limits), Budget(), [], 0, restarts)
+        return [(c["label"], c["seed"], c.get("restart", 0)) for _, c, _ in plan.calls()]
+
+    assert cells() == [("KNN", 0, 0), ("IForest", 0, 0), ("IForest", 1, 0), ("IForest", 2, 0)]
+    # Rows that are held out are drawn by the seed.
+    held_out = cells(validation_rows=0.2)
+    assert [cell for cell in held_out if cell[0] == "KNN"] == [("KNN", seed, 0) for seed in range(seeds)]
+    assert len(held_out) == seeds + seeds * restarts
+
+
 def test_finished_runs_are_shared_and_not_run_again(tmp_path, odds, capsys, monkeypatch):
     first = small(tmp_path, odds)
     monkeypatch.setattr(experiment, "_run", None)  # nothing may be run
@@ -466,6 +520,13 @@ def test_parts_must_be_a_list(tmp_path, odds):
         ({"methods": [{"KNN": {}, "LOF": {}}]}, "one name with its arguments"),
         ({"protocols": ["supervised"]}, "an entry of protocols must be"),
         ({"seeds": 0}, "seeds must be"),
+        ({"restarts": 0}, "restarts must be"),
+        ({"methods": [{"KNN": {}, "as": 3}]}, "as must be what tables call a method, got 3"),
+        ({"methods": [{"KNN": {}, "as": " "}]}, "as must be what tables call a method, got ' '"),
+        ({"methods": [{"as": "x"}]}, "one name with its arguments"),
+        ({"methods": [{"KNN": "x"}]}, "one name with its arguments"),
+        ({"datasets": [{"odds": {}, "as": "x"}]}, "one name with its arguments"),
+        ({"methods": ["KNN", {"LOF": {}, "as": "KNN"}]}, "got 'KNN' twice on odds t"),
         ({"rates": [1.5]}, "an entry of rates must be below 1, got 1.5"),
         ({"validation_rows": 1.0}, "validation_rows must be below 1"),
         ({"jobs": 0}, "jobs must not be 0"),

@@ -126,6 +126,52 @@ def test_a_failed_run_takes_the_last_rank_and_leaves_the_mean():
     assert comparison.ranks([*runs, failed("C", "1", 2)]).to_dict() == {"Toll": 1.75, "B": 1.5, "C": 2.75}
 
 
+def again(one, restart):
+    return {**one, "configuration": one["configuration"] | {"restart": restart}}
+
+
+def test_restarts_are_averaged_within_their_split_and_splits_within_their_part():
+    runs = [
+        run("Toll", "0", 0, 0.9),
+        again(run("Toll", "0", 0, 0.7), 1),
+        again(run("Toll", "0", 0, 0.5), 2),
+        run("Toll", "0", 1, 0.5),
+        run("Toll", "1", 0, 0.8),
+        *(run("B", "0", seed, auroc) for seed, auroc in enumerate((0.6, 0.8))),
+        run("B", "1", 0, 0.8),
+    ]
+    # Part 0: Toll has 0.7 and 0.5 on its splits, B 0.6 and 0.8.
+    assert comparison.means(runs)["Toll"].tolist() == pytest.approx([0.6, 0.8])
+    (one,) = comparison.differences(runs, "Toll")
+    # Gaps -0.1 and 0.3 on part 0, which means 0.1, and 0 on part 1.
+    assert (one.mean, one.error, one.pairs, one.blocks) == pytest.approx((0.05, 0.05, 3, 2))
+    # One part: over its splits, not over its restarts.
+    (one,) = comparison.differences(runs[:4] + runs[5:7], "Toll")
+    assert (one.mean, one.error, one.pairs) == pytest.approx((0.1, 0.2, 2))
+    assert comparison.failures([*runs, again(failed("B", "0", 0), 1)])["B"].tolist() == [1, 0]
+    assert markdown_table(runs).splitlines()[0] == (
+        "**digits, semi-supervised** (2 methods, 2 parts, 2 seeds, 3 restarts, 8 runs)"
+    )
+    two = [one | {"term_auroc": {"a": one["metrics"]["auroc"], "b": 0.5}} for one in runs]
+    assert comparison.terms(two).loc["Toll"].to_dict() == pytest.approx({"score": 0.7, "a": 0.7, "b": 0.5})
+
+
+def test_seeds_without_a_split_are_restarts():
+    """What draws nothing is run once there, and is compared with the mean of all seeds of what draws."""
+    runs = [
+        *(run("Toll", part, seed, auroc) for part in "01" for seed, auroc in enumerate((0.5, 0.9))),
+        *(run("KNN", part, 0, 0.8) for part in "01"),
+    ]
+    for one in runs:
+        one["configuration"]["protocol"] = "unsupervised"
+    (one,) = comparison.differences(runs, "Toll")
+    assert (one.mean, one.error, one.pairs) == pytest.approx((0.1, 0, 2))
+    for one in runs:
+        one["configuration"]["validation_rows"] = 0.2
+    # Rows are held out by seed: only the first is a pair.
+    assert comparison.differences(runs, "Toll")[0].mean == pytest.approx(0.3)
+
+
 def test_parts_that_a_method_was_not_run_on_rank_nobody():
     assert comparison.ranks([*RUNS, run("B", "2", auroc=0.1)]).to_dict() == {"Toll": 1.25, "B": 1.75, "C": 3.0}
 

@@ -10,7 +10,9 @@ from benchmarks.interfaces import Budget, Detector
 from benchmarks.methods.engine import EngineDetector
 from benchmarks.methods.models import MODELS
 from benchmarks.methods.peers import PEERS
-from benchmarks.methods.tables import COLLAPSED, ON_PIXELS, PYOD, TableDetector
+from benchmarks.methods.tables import COLLAPSED, DETERMINISTIC, ON_PIXELS, PYOD, TableDetector
+
+__all__ = ["DETERMINISTIC", "METHODS", "RESERVED", "Build", "build"]
 
 #: What methods must not be given: seeds, weights and what the benchmarks have no use for.
 RESERVED = ("budget", "evaluator", "pre_trained", "random_state", "seed", "visualizer")

@@ -42,6 +42,9 @@ PYOD = {
     "ALAD": "alad",
 }
 
+#: Those that give the same scores whatever the seed; they run once per split.
+DETERMINISTIC = ("KNN", "LOF", "OCSVM", "PCA", "ECOD", "COPOD", "HBOS", "GMM", "KDE")
+
 #: Those that also take images, as rows of pixels.
 ON_PIXELS = ("KNN", "LOF", "IForest", "OCSVM", "PCA", "GMM", "ECOD", "COPOD", "HBOS")
 
@@ -85,8 +88,9 @@ class TableDetector(Detector):
             rows = self._scaler.transform(rows)
         scores = self._decide(rows)
         if self._name == "TollDetector":
-            found, beta = self.model.explain(rows), self.model.beta
-            return Scored(scores, {"reconstruction": found.reconstruction} | _norms(found.latent, beta))
+            found = self.model.explain(rows)
+            latent = {"latent": found.latent} if found.latent.any() else {}  # none where beta is 0
+            return Scored(scores, {"reconstruction": found.reconstruction} | latent)
         if self._name in COLLAPSED:
             given, weight = self.model.collapse_score_weight, self.model.collapse.score_weight
             self.model.set_params(collapse_score_weight=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,11 +32,12 @@ class Group(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A method's metric minus the reference's, on the same parts and seeds.
+    """A method's metric minus the reference's, on the same parts and splits.
 
     Attributes:
-        mean: Over blocks, each averaged over its seeds.
-        error: Its standard error over blocks, or over seeds where there is one block; NaN where there is one pair.
+        mean: Over blocks, each averaged over its splits, each averaged over its restarts.
+        error: Its standard error over blocks, or over splits where there is one block; NaN where there is one pair.
+        pairs: Number of splits, over all blocks.
         p: Wilcoxon's signed-rank test over blocks, Holm-corrected over the methods that are compared with the same
             reference; ``None`` with fewer than :data:`TESTABLE` blocks.
     """
@@ -77,6 +78,12 @@ def grouped(runs: Sequence[Run]) -> dict[Group, list[Run]]:
     return groups
 
 
+def split_of(run: Run) -> int:
+    """The split of a run: its seed, or 0 where all rows are trained on and a seed is initial weights only."""
+    c = run["configuration"]
+    return 0 if c["protocol"] == "unsupervised" and not c.get("validation_rows") else int(c["seed"])
+
+
 def frame(runs: Sequence[Run]) -> DataFrame:
     """One row per run: what it was, whether it failed, and what it measured."""
     from pandas import DataFrame
@@ -84,17 +91,19 @@ def frame(runs: Sequence[Run]) -> DataFrame:
     rows = []
     for run in runs:
         c = run["configuration"]
-        names = {"label": c["label"], "method": c["method"], "dataset": dataset_of(run), "part": str(c["part"])}
         costs = {name: run.get(name) for name in ("fit_seconds", "score_seconds", "model_mb")}
         found = {"auroc": None, **run.get("metrics", {})}
-        rows.append({**names, "seed": c["seed"], "failed": "error" in run, **costs, **found})
+        rows.append({**_cell(run), "method": c["method"], "failed": "error" in run, **costs, **found})
     table = DataFrame(rows)
-    numbers = table.columns.difference(["label", "method", *BLOCK, "seed", "failed"])
+    numbers = table.columns.difference(["label", "method", *BLOCK, "split", "failed"])
     return table.astype(dict.fromkeys(numbers, float))
 
 
 def means(runs: Sequence[Run], metric: str = "auroc") -> DataFrame:
-    """Mean over the finished seeds: a row per block, a column per label, NaN where nothing finished."""
+    """Mean over splits of the mean over the restarts that finished: a row per block, a column per label.
+
+    NaN where nothing finished.
+    """
     return _by_block(frame(runs), metric, "mean")
 
 
@@ -134,7 +143,7 @@ def differences(runs: Sequence[Run], reference: str, metric: str = "auroc") -> l
     """Of every other label that has a pair with ``reference``, in the order of :func:`ranking`."""
     from statsmodels.stats.multitest import multipletests
 
-    pairs = frame(runs).pivot_table(index=[*BLOCK, "seed"], columns="label", values=metric)
+    pairs = frame(runs).pivot_table(index=[*BLOCK, "split"], columns="label", values=metric)
     found = []
     for label in ranking(runs, metric):
         if label == reference or not {label, reference} <= set(pairs):
@@ -174,15 +183,22 @@ def nemenyi(runs: Sequence[Run], metric: str = "auroc") -> Nemenyi | None:
 
 
 def terms(runs: Sequence[Run]) -> DataFrame:
-    """Mean AUROC over parts of Toll's score and of each of its terms alone; others' scores are other sums."""
+    """Mean AUROC over parts of Toll's score and of each of its terms alone; others' scores are other sums.
+
+    Each part is averaged over its splits, and each split over its restarts.
+    """
     from pandas import DataFrame
 
     rows = [
-        {"label": run["configuration"]["label"], "score": run["metrics"]["auroc"], **run["term_auroc"]}
+        {**_cell(run), "score": run["metrics"]["auroc"], **run["term_auroc"]}
         for run in runs
         if len(run.get("term_auroc", {})) > 1 and "Toll" in str(run["configuration"]["method"])
     ]
-    return DataFrame(rows).groupby("label", sort=False).mean() if rows else DataFrame()
+    if not rows:
+        return DataFrame()
+    by_split = DataFrame(rows).groupby(["label", *BLOCK, "split"], sort=False).mean()
+    by_part = by_split.groupby(level=["label", *BLOCK], sort=False).mean()
+    return by_part.groupby(level="label", sort=False).mean()
 
 
 def signed_rank(gaps: Series) -> float | None:
@@ -194,11 +210,17 @@ def signed_rank(gaps: Series) -> float | None:
     return float(wilcoxon(gaps).pvalue) if gaps.any() else 1.0
 
 
+def _cell(run: Run) -> dict[str, Any]:
+    c = run["configuration"]
+    return {"label": c["label"], "dataset": dataset_of(run), "part": str(c["part"]), "split": split_of(run)}
+
+
 def _by_block(table: DataFrame, column: str, how: str) -> DataFrame:
     from pandas import MultiIndex
 
     if column not in table:
         table = table.assign(**{column: np.nan})
     blocks = MultiIndex.from_frame(table[BLOCK].drop_duplicates())
-    wide = table.groupby([*BLOCK, "label"], sort=False)[column].agg(how).unstack("label")  # noqa: PD010
+    by_split = table.groupby([*BLOCK, "label", "split"], sort=False)[column].agg(how)
+    wide = by_split.groupby(level=[*BLOCK, "label"], sort=False).agg(how).unstack("label")  # noqa: PD010
     return wide.reindex(index=blocks, columns=table["label"].drop_duplicates())

@@ -49,6 +49,10 @@ def _drawn(maker: Any, *arguments: Any) -> Drawing | None:
     return Drawing(title, caption, base64.b64encode(stream.getvalue()).decode())
 
 
+def _draw(run: Run) -> tuple[int, int]:
+    return run["configuration"]["seed"], run["configuration"].get("restart", 0)
+
+
 def _maps(runs: Sequence[Run]) -> list[Drawing]:
     """A row for each test sample that was kept, a column for each method that makes maps."""
     samples: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -57,8 +61,8 @@ def _maps(runs: Sequence[Run]) -> list[Drawing]:
         if run.get("examples"):
             kept[run["configuration"]["label"]].append(run)
     for label, mine in kept.items():
-        first = min(run["configuration"]["seed"] for run in mine)
-        each = [run for run in mine if run["configuration"]["seed"] == first]
+        first = min(_draw(run) for run in mine)
+        each = [run for run in mine if _draw(run) == first]
         parts = ([(run["configuration"]["part"], one) for one in run["examples"]] for run in each)
         for part, one in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*parts))):
             if one.get("map"):

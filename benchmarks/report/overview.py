@@ -44,9 +44,10 @@ def overview(path: Path) -> None:
 
 
 def _runs(name: str, part: str) -> dict[str, Run]:
-    """Runs on one part with one seed, by label."""
+    """First runs on one part with one seed, by label."""
     runs = [(run["configuration"], run) for run in read(RESULTS / f"{name}.json").runs]
-    return {c["label"]: run for c, run in runs if (str(c["part"]), c["seed"]) == (part, _SEED)}
+    wanted = (part, _SEED, 0)
+    return {c["label"]: run for c, run in runs if (str(c["part"]), c["seed"], c.get("restart", 0)) == wanted}
 
 
 def _norms(figure: SubFigure, runs: Mapping[str, Run]) -> None:

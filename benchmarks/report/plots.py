@@ -53,7 +53,9 @@ def boxes(runs: Sequence[Run]) -> Made:
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="AUROC", ylabel="")
     axes.grid(visible=False, axis="y")
-    caption = "A point is one run, a part with one seed; box: quartiles and median; best mean rank on top."
+    caption = (
+        "A point is one run, a part with one split and one restart; box: quartiles and median; best mean rank on top."
+    )
     return figure, "AUROC of every run", caption
 
 

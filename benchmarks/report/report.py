@@ -92,9 +92,11 @@ def _heading(group: Group) -> str:
 
 
 def _extent(runs: Sequence[Run]) -> str:
-    configurations = [run["configuration"] for run in runs]
-    found = {name: len({str(c[name]) for c in configurations}) for name in ("label", "part", "seed")}
-    counts = {"method": found["label"], "part": found["part"], "seed": found["seed"], "run": len(runs)}
+    configurations = [{"restart": 0, **run["configuration"]} for run in runs]
+    found = {name: len({str(c[name]) for c in configurations}) for name in ("label", "part", "seed", "restart")}
+    counts = {"method": found["label"], "part": found["part"], "seed": found["seed"]}
+    counts |= {"restart": found["restart"]} if found["restart"] > 1 else {}
+    counts["run"] = len(runs)
     return ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
 
 
@@ -123,7 +125,8 @@ def _shared(runs: Sequence[Run]) -> dict[str, str]:
     return {
         name: json.dumps(value)
         for name, value in first.items()
-        if name not in {*CONFIGURATION, "arguments", "files", "version"} and all(c.get(name) == value for c in rest)
+        if name not in {*CONFIGURATION, "restart", "arguments", "files", "version"}
+        and all(c.get(name) == value for c in rest)
     }
 
 

@@ -65,23 +65,31 @@ class Choice(NamedTuple):
 
 
 def choose_without_labels(runs: Sequence[Run], family: Family, metric: str = "auroc") -> Choice | None:
-    """Each part and seed takes the variant that tells held-out normal samples best from splices of two of them.
+    """Each run takes the variant that tells held-out normal samples best from splices of two of them.
 
-    Of equals the smallest number; ``None`` where a variant lacks that measurement.
+    A run is a part, a split and a restart. Of equals the smallest number; ``None`` where a variant lacks that
+    measurement.
     """
     from pandas import DataFrame
 
     values = {label: value for value, label in family.labels.items()}
     rows = [
-        (dataset_of(run), str(c["part"]), c["seed"], values[c["label"]], run["metrics"][metric], run["spliced_auroc"])
+        (
+            dataset_of(run),
+            str(c["part"]),
+            (c["seed"], c.get("restart", 0)),
+            values[c["label"]],
+            run["metrics"][metric],
+            run["spliced_auroc"],
+        )
         for run in runs
         if (c := run["configuration"])["label"] in values
         and "error" not in run
         and run.get("spliced_auroc") is not None
     ]
-    table = DataFrame(rows, columns=[*BLOCK, "seed", "value", "found", "known"])
+    table = DataFrame(rows, columns=[*BLOCK, "draw", "value", "found", "known"])
     found, known = (
-        table.pivot_table(index=[*BLOCK, "seed"], columns="value", values=name) for name in ("found", "known")
+        table.pivot_table(index=[*BLOCK, "draw"], columns="value", values=name) for name in ("found", "known")
     )
     found, known = found.dropna(), known.dropna()
     if found.shape[1] < len(family.labels) or found.empty:

@@ -25,6 +25,7 @@ def run(
     methods: Sequence[Named] = ("Toll", {"Toll": {"beta": 0.0}}, "KNN"),
     protocols: Sequence[str] = PROTOCOLS[:1],
     seeds: int = 3,
+    restarts: int = 1,
     max_train: int | None = None,
     max_test: int | None = None,
     max_rows: int = 10_000,
@@ -52,11 +53,14 @@ def run(
         about: What it asks, in a sentence or two, for the report.
         datasets: Names, or a name with arguments: ``{digits: {parts: [1, 8]}}``, ``{mvtec: {root: my_images}}``,
             ``{file: {path: sensors.csv, label: anomaly}}``. ``list`` has them all.
-        methods: Names, or a name with arguments: ``{Toll: {beta: 0}}``. Methods for tables are left out on
-            images, and the other way round.
+        methods: Names, or a name with arguments: ``{Toll: {beta: 0}}``, which tables call what stands behind
+            ``as``: ``{Toll: {beta: 0}, as: the twin}``. Methods for tables are left out on images, and the
+            other way round.
         protocols: For tables: semi-supervised trains on half of the normal rows and tests on all others,
             unsupervised trains on all rows and ranks them.
         seeds: Splits, each with its own initial weights.
+        restarts: Initial weights per split; methods that draw nothing run once per split. On the protocol
+            unsupervised, which has no split, ``max(seeds, restarts)`` initial weights, and those methods once.
         max_train: Draw so many training images; all by default.
         max_test: Draw so many test images; all by default.
         max_rows: Draw so many rows of larger tables.
@@ -84,6 +88,7 @@ def run(
         Budget(max_epochs, backbone, weights and weights.expanduser().resolve(), pretrained),
         rates,
         examples,
+        restarts,
     )
     calls = list(plan.calls())
     all_different([configuration for _, configuration, _ in calls])
@@ -116,6 +121,7 @@ def _run(
     part: str,
     protocol: str,
     seed: int,
+    restart: int,
     method: Choice,
 ) -> tuple[dict[str, Any], None]:
     import torch
@@ -129,8 +135,8 @@ def _run(
     data = DATASETS[choice.name]
     with threadpool_limits(1):
         split = data.split(arguments, part, protocol, seed, plan.limits)
-        detector = build(data.kind, method.name, plan.budget, seed, method.arguments)
-        return evaluate(detector, split, seed, plan.rates, plan.examples if seed == 0 else 0), None
+        detector = build(data.kind, method.name, plan.budget, seed + 1000 * restart, method.arguments)
+        return evaluate(detector, split, seed, plan.rates, plan.examples if seed == restart == 0 else 0), None
 
 
 def list_() -> None:
