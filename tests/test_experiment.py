@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from benchmarks.data.datasets import DATASETS, PROTOCOLS, Limits
-from benchmarks.data.tables import find_table, halves
+from benchmarks.data.tables import copied, find_table, halves
 from benchmarks.interfaces import Budget, Detector, Scored, Split
 from benchmarks.methods.registry import METHODS, build
 from benchmarks.methods.tables import DETERMINISTIC, PYOD, TableDetector
@@ -60,6 +60,63 @@ def test_protocols_of_a_table(odds):
     held_out = split_of("odds", "t", limits=Limits(validation_rows=0.2), root=odds)
     assert (len(held_out.train), len(held_out.validation)) == (20, 5)
     assert len(split_of("odds", "t", "unsupervised", limits=Limits(max_rows=30), root=odds).train) == 30
+
+
+@pytest.fixture
+def adbench(tmp_path):
+    """A folder like ADBench's, with two tables; every row is another."""
+    draw = np.random.default_rng(0)
+    for name, rows in (("1_few", 60), ("2_many", 1200)):
+        y = np.arange(rows) % 6 == 0
+        np.savez(tmp_path / f"{name}.npz", X=draw.normal(size=(rows, 3)) + 3 * y[:, None], y=y.astype(int))
+    savemat(tmp_path / "3_old.mat", {"X": draw.normal(size=(40, 3)), "y": np.arange(40) < 5})
+    return tmp_path
+
+
+def test_the_common_protocol_copies_test_rows_of_small_tables(adbench):
+    assert DATASETS["adbench"].parts({"root": adbench}) == ["1_few", "2_many", "3_old"]
+    rows = np.load(adbench / "1_few.npz")["X"]
+    leaking = split_of("adbench", "1_few", "bootstrap", root=adbench)
+    assert len(leaking.train) + len(leaking.test) == 1000
+    assert (~leaking.anomalous).sum() == pytest.approx(len(leaking.train), abs=1)
+    assert {row.tobytes() for row in leaking.test.numpy()} <= {row.tobytes() for row in rows}
+    # Each of 50 normal rows is drawn about 8 times into each half: nearly every test row is known.
+    assert copied(leaking.train.numpy(), leaking.test.numpy())[~leaking.anomalous].mean() > 0.95
+    assert not copied(leaking.train.numpy(), leaking.test.numpy())[leaking.anomalous].any()
+    other = split_of("adbench", "1_few", "bootstrap", seed=1, root=adbench)
+    assert other.train.shape != leaking.train.shape or not torch.equal(other.train, leaking.train)
+    clean = split_of("adbench", "1_few", root=adbench)
+    assert not copied(clean.train.numpy(), clean.test.numpy()).any()
+
+
+def test_the_common_protocol_splits_larger_tables_in_their_order(adbench):
+    table = np.load(adbench / "2_many.npz")
+    normal = table["X"][table["y"] == 0]
+    for seed in (0, 1):
+        split = split_of("adbench", "2_many", "bootstrap", seed, root=adbench)
+        np.testing.assert_array_equal(split.train, normal[:500])
+        np.testing.assert_array_equal(split.test, np.concatenate([normal[500:], table["X"][table["y"] == 1]]))
+        np.testing.assert_array_equal(split.anomalous, np.arange(700) >= 500)
+
+
+def test_copies_by_hand():
+    train = np.array([[1.0, 2.0], [3.0, 4.0]])
+    assert copied(train, np.array([[3.0, 4.0], [3.0, 2.0], [1.0, 2.0]])).tolist() == [True, False, True]
+
+
+def test_adbench_without_and_with_copies(adbench):
+    given = {"datasets": [{"adbench": {"root": str(adbench)}}], "methods": ["KNN", "PCA"]}
+    record = small(adbench, adbench, **given, protocols=["semi-supervised", "bootstrap"])
+    assert len(record["runs"]) == 2 * 2 * 3
+    found = {(c["protocol"], c["part"]): r["samples"]["copied"] for r in record["runs"] for c in [r["configuration"]]}
+    assert {part: n for (protocol, part), n in found.items() if protocol == "semi-supervised"} == {
+        "1_few": 0,
+        "2_many": 0,
+        "3_old": 0,
+    }
+    assert found["bootstrap", "2_many"] == 0
+    assert min(found["bootstrap", "1_few"], found["bootstrap", "3_old"]) > 400
+    assert "**adbench, bootstrap: copies of test rows of small tables among the training rows**" in record["table"]
 
 
 def test_parts_of_the_digits_do_not_meet():

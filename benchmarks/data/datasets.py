@@ -17,6 +17,7 @@ from benchmarks.data.tables import (
     COLLECTIONS,
     Table,
     at_most,
+    common,
     file_of,
     find_table,
     gaussian,
@@ -30,7 +31,8 @@ from toll_plugin.image_sets import ImageSetName, data_root
 Kind = Literal["images", "table"]
 Arguments = Mapping[str, Any]
 
-PROTOCOLS = ("semi-supervised", "unsupervised")
+#: How a table becomes a training and a test part, see :meth:`DataSet.split`.
+PROTOCOLS = ("semi-supervised", "unsupervised", "bootstrap")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ class DataSet:
     def split(self, arguments: Arguments, part: str, protocol: str, seed: int, limits: Limits) -> Split:
         """What methods see of a part.
 
-        Semi-supervised: trained on normal samples only. Unsupervised, for tables: trained on all
-        rows, which are then ranked.
+        Semi-supervised: trained on normal samples only. For tables there are two others. Unsupervised: trained
+        on all rows, which are then ranked. Bootstrap: trained on normal rows as in most papers on ADBench, which
+        puts copies of test rows among the training rows, see :func:`benchmarks.data.tables.common`.
         """
         if self.kind == "images":
             return _drawn(self.load(arguments, part, seed), seed, limits)
@@ -88,8 +91,11 @@ class DataSet:
 
 def _rows(x: np.ndarray, y: np.ndarray, protocol: str, seed: int, limits: Limits) -> Split:
     x, y = at_most(x, y, limits.max_rows)
-    train, test, y = halves(x, y, seed) if protocol == "semi-supervised" else (x, x, y)
-    if protocol == "unsupervised" and limits.validation_rows:  # files are often sorted by label
+    if protocol == "unsupervised":
+        train, test = x, x
+    else:
+        train, test, y = {"semi-supervised": halves, "bootstrap": common}[protocol](x, y, seed)
+    if protocol != "semi-supervised" and limits.validation_rows:  # files are often sorted by label
         train = train[np.random.default_rng(seed).permutation(len(train))]
     held_out = round(limits.validation_rows * len(train))
     train, validation = train[held_out:], train[:held_out]

@@ -19,6 +19,9 @@ CHECK = ("vertebral", "lympho", "ionosphere", "cardio", "shuttle", "pendigits", 
 #: Those that defaults may be chosen by.
 SEARCH = ("glass", "letter", "optdigits", "pima", "satellite", "satimage-2", "vowels", "wbc")
 
+#: Rows up to which the common protocol draws from smaller tables.
+FEW = 1000
+
 #: Folders of tables, and where they come from.
 COLLECTIONS = {
     "ODDS": "https://odds.cs.stonybrook.edu",
@@ -33,6 +36,30 @@ def halves(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndar
     half = len(normal) // 2
     test = draw.permutation(np.concatenate([normal[half:], np.flatnonzero(y == 1)]))
     return x[normal[:half]], x[test], y[test]
+
+
+def common(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The common split of papers on ADBench: half of the normal rows to train on, the rest to test on; its labels.
+
+    A table of fewer than :data:`FEW` rows is first drawn from, with replacement, until it has so many. That is done
+    before the split, so that most normal rows of the test part have copies among the training rows, which a
+    detector that remembers rows scores as 0: this **leaks**. The split is in the order of the rows, which are not
+    shuffled; the seed draws copies only. Source: ``data_generator.py`` of Livernoche et al., On Diffusion Modeling
+    for Anomaly Detection (https://github.com/vicliv/DTE), which other papers took over.
+    """
+    if len(x) < FEW:
+        drawn = np.random.default_rng(seed).integers(0, len(x), FEW)
+        x, y = x[drawn], y[drawn]
+    normal = np.flatnonzero(y == 0)
+    train, rest = np.split(normal, [round(len(normal) / 2)])
+    test = np.concatenate([rest, np.flatnonzero(y == 1)])
+    return x[train], x[test], y[test]
+
+
+def copied(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """``(n_test,)``, true where a row equals a training row bit for bit."""
+    known = {row.tobytes() for row in train}
+    return np.array([row.tobytes() in known for row in test], bool)
 
 
 def at_most(x: np.ndarray, y: np.ndarray, max_rows: int) -> Table:

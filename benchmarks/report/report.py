@@ -88,7 +88,8 @@ def _plain(text: str) -> str:
 
 
 def _heading(group: Group) -> str:
-    return f"{group.dataset}, {group.protocol}"
+    leaks = ": copies of test rows of small tables among the training rows" * (group.protocol == "bootstrap")
+    return f"{group.dataset}, {group.protocol}{leaks}"
 
 
 def _extent(runs: Sequence[Run]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.data.tables import copied
 from benchmarks.interfaces import Detector, Scored, Split
 from benchmarks.run.measure import peak_memory
 from benchmarks.run.metrics import histogram, image_metrics, pixel_metrics, ranked, rare, roc, spliced
@@ -60,12 +61,20 @@ def evaluate(
             "validation": len(split.validation),
             "test": len(split.test),
             "anomalies": int(split.anomalous.sum()),
+            **_copies(split),
         },
         "roc": roc(split.anomalous, scores),
         "latent_norms": histogram(split.anomalous, found.terms.get("latent")),
         "examples": _examples(split, found, examples),
         "facts": detector.facts(),
     }
+
+
+def _copies(split: Split) -> dict[str, int]:
+    """Normal rows of a table's test part that equal a training row: they tell memory, not detection."""
+    if split.train.ndim != 2:
+        return {}
+    return {"copied": int(copied(split.train.numpy(), split.test.numpy()[~split.anomalous]).sum())}
 
 
 def _examples(split: Split, found: Scored, count: int, side: int = 96) -> list[dict[str, Any]]:

@@ -57,7 +57,9 @@ def run(
             ``as``: ``{Toll: {beta: 0}, as: the twin}``. Methods for tables are left out on images, and the
             other way round.
         protocols: For tables: semi-supervised trains on half of the normal rows and tests on all others,
-            unsupervised trains on all rows and ranks them.
+            unsupervised trains on all rows and ranks them, bootstrap is the common protocol of papers on ADBench,
+            which leaks: smaller tables are drawn up to 1000 rows, with copies, before half of the normal rows,
+            in file order, are trained on.
         seeds: Splits, each with its own initial weights.
         restarts: Initial weights per split; methods that draw nothing run once per split. On the protocol
             unsupervised, which has no split, ``max(seeds, restarts)`` initial weights, and those methods once.
