@@ -17,6 +17,7 @@ from benchmarks.run.experiment import list_, run, with_experiment
 from benchmarks.studies.linear import linear
 from benchmarks.studies.mixin import mixin
 from benchmarks.studies.paper import paper
+from benchmarks.studies.rays import rays
 from benchmarks.studies.stopping import stopping
 
 
@@ -32,6 +33,7 @@ def main() -> None:
         "mixin": mixin,
         "overhead": overhead,
         "paper": paper,
+        "rays": rays,
         "readme": readme,
         "speed": speed,
         "stopping": stopping,
