@@ -50,7 +50,7 @@ def detector(network: str, metric: str, inputs: str, seed: int, **given: Any) ->
 
     if inputs == "unbounded":
         given["preprocessing"] = StandardScaler()
-    return TollDetector(metric=metric, random_state=seed, **NETWORKS[network](seed), **given)
+    return TollDetector(metric=metric, random_state=seed, **NETWORKS[network](seed) | given)
 
 
 def _linear(seed: int) -> dict[str, Any]:
@@ -81,13 +81,14 @@ def measure(
     noise: float,
     distances: Sequence[float],
     size: int,
+    **given: Any,
 ) -> dict[str, Any]:
     """AUROC of the score and of each of its terms, for anomalies at each distance: one fit."""
     from sklearn.metrics import roc_auc_score
 
     draw = np.random.default_rng(seed)
     train, normal = (rows(draw.standard_normal(size), noise, draw) for _ in range(2))
-    fitted = detector(network, metric, inputs, seed, **WEIGHTS[weight]).fit(train)
+    fitted = detector(network, metric, inputs, seed, **WEIGHTS[weight], **given).fit(train)
     known, labels = fitted.explain(normal), np.arange(2 * size) >= size
     found: dict[str, list[float]] = {term: [] for term in TERMS}
     for distance in distances:
@@ -95,8 +96,8 @@ def measure(
         for term, values in found.items():
             scores = np.concatenate([getattr(known, term), getattr(far, term)])
             values.append(float(roc_auc_score(labels, scores)))
-    given = {"network": network, "residuals": metric, "inputs": inputs, "weight": weight}
-    return {**given, "seed": seed, "auroc": found}
+    which = dict(zip(GIVEN, (network, metric, inputs, weight), strict=True))
+    return {**which, "seed": seed, "auroc": found}
 
 
 def table(runs: Sequence[dict[str, Any]], distances: Sequence[float]) -> str:
@@ -120,7 +121,7 @@ def table(runs: Sequence[dict[str, Any]], distances: Sequence[float]) -> str:
     return f"{markdown(lines)}\n\n{note}"
 
 
-def plot(path: Path, network: str, metric: str, noise: float, size: int, reach: float) -> None:
+def plot(path: Path, network: str, metric: str, noise: float, size: int, reach: float, **given: Any) -> None:
     """What the plane's points get from reconstruction, latent and score, in multiples of the normal rows' 95 %."""
     from matplotlib.figure import Figure
 
@@ -131,7 +132,7 @@ def plot(path: Path, network: str, metric: str, noise: float, size: int, reach: 
     figure = Figure(figsize=(9, 6), dpi=90, layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     for line, inputs in zip(panels, ("unbounded", "clipped"), strict=True):
-        fitted = detector(network, metric, inputs, 0).fit(train)
+        fitted = detector(network, metric, inputs, 0, **given).fit(train)
         plane, known = fitted.explain(points), fitted.explain(train)
         for axes, term in zip(line, TERMS, strict=True):
             unit = np.quantile(getattr(known, term), 0.95)
@@ -139,7 +140,8 @@ def plot(path: Path, network: str, metric: str, noise: float, size: int, reach: 
             shown = axes.contourf(grid, grid, height, levels=np.arange(-4, 7), cmap="viridis", extend="both")
             axes.contour(grid, grid, height, levels=[0], colors="white", linewidths=1.5)
             axes.scatter(*train[:200].T, s=2, color=COLORS[0])
-            axes.set(title=f"{'latent term' if term == 'latent' else term}, inputs {inputs}", aspect="equal")
+            axes.set_title(f"{'latent term' if term == 'latent' else term}, inputs {inputs}", fontsize=9)
+            axes.set_aspect("equal")
     label = "log2 of the term over its 95 % quantile on the normal rows; white: equal to it"
     figure.colorbar(shown, ax=panels, shrink=0.8, label=label)
     with whole(path) as part:
@@ -151,19 +153,21 @@ def rays(
     distances: tuple[float, ...] = (3.0, 10.0),
     size: int = 1000,
     seeds: int = 5,
+    max_steps: int | None = None,
     output: Path = RESULTS / "rays.json",
     figure: Path = RESULTS / "rays.png",
 ) -> None:
     """Does the latent norm find what is far out on a line that the network reconstructs?
 
-    Three networks, residuals in two metrics, with TollDetector's clipping of inputs and without, with the latent pressed
-    and not.
+    Three networks, residuals in two metrics, with TollDetector's clipping of inputs and without, with the latent
+    pressed and not.
 
     Args:
         noise: Standard deviation of normal rows across the line; along it, it is 1.
         distances: Of anomalies from the middle, in standard deviations of the normal rows along the line.
         size: Normal rows to train on, to test on, and anomalies at each distance.
         seeds: Data and initial weights.
+        max_steps: Of training; by default each network has its own number.
         output: Where the record goes.
         figure: Where the picture goes, by its ending a PNG, SVG or PDF.
     """
@@ -173,17 +177,22 @@ def rays(
     if not distances:
         msg = f"distances must hold at least one distance, got {distances!r}"
         raise ValueError(msg)
-    for name, value, minimum in (("size", size, 10), ("seeds", seeds, 1)):
+    for name, value, minimum in (
+        ("size", size, 10),
+        ("seeds", seeds, 1),
+        ("max_steps", 1 if max_steps is None else max_steps, 1),
+    ):
         check_integer(name, value, minimum=minimum)
     check_option("figure's ending", figure.suffix, (".png", ".svg", ".pdf"))
+    given = {} if max_steps is None else {"max_steps": max_steps}
     record = {"command": "rays", **provenance(), "noise": noise, "distances": list(distances), "size": size}
     runs = [
-        measure(network, metric, inputs, weight, seed, noise, distances, size)
+        measure(network, metric, inputs, weight, seed, noise, distances, size, **given)
         for network in NETWORKS
         for metric in ("mahalanobis", "euclidean")
         for inputs in ("clipped", "unbounded")
         for weight in WEIGHTS
         for seed in range(seeds)
     ]
-    plot(figure, "ReLU, one latent", "euclidean", noise, size, reach=12.0)
+    plot(figure, "ReLU, one latent", "euclidean", noise, size, reach=12.0, **given)
     finish(output, {**record, "table": table(runs, distances), "runs": runs})
