@@ -115,7 +115,7 @@ def test_bad_beta(beta, error):
 @given(scale=st.floats(1e-6, 1e6), strength=st.floats(0, 10))
 def test_the_pressure_follows_the_scale_of_both_terms(scale, strength):
     loss = TollLoss("auto", strength=strength)
-    plain, scaled = (loss.terms(X, X_HAT, factor * Z.double()) for factor in (1.0, scale))
+    plain, scaled = (loss.terms(X.double(), X_HAT.double(), factor * Z.double()) for factor in (1.0, scale))
     # Means 3 and 1.5: the latent term is kept at strength times 3.
     torch.testing.assert_close(loss.losses(plain).mean(), torch.tensor(3 + 3 * strength).double())
     torch.testing.assert_close(loss.losses(scaled), loss.losses(plain))
