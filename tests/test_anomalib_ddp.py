@@ -92,13 +92,14 @@ class Alternating(OneVsRest):
 
 # Of the 16 images that validate, normal ones go to the first process and anomalous ones to the second.
 data = Alternating(0, train_batch_size=4, val_indices=list(range(16)), val_anomalies=True)
-model = Toll(image_size=8, in_channels=1, seed=0, visualizer=False)
+model = Toll(image_size=8, in_channels=1, beta="auto", score_scale="median", seed=0, visualizer=False)
 trainer = Trainer(max_epochs=2, accelerator="cpu", devices=2, logger=False, enable_progress_bar=False,
                   enable_model_summary=False, enable_checkpointing=False,
                   strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120)))
 trainer.fit(model, datamodule=data)
 rank = trainer.global_rank
 found = {"val_loss": float(trainer.callback_metrics["val_loss"]), "fit": float(model.post_processor.pixel_threshold)}
+found["units"] = [float(unit) for unit in model.model.score.units]
 
 def validated(with_masks):
     masks = torch.zeros(2, 4, 4, dtype=torch.bool)
@@ -168,6 +169,7 @@ def test_processes_that_see_different_kinds_of_images_find_the_same_thresholds(r
     assert first == second
     assert math.isfinite(first["val_loss"])
     assert math.isfinite(first["fit"])
+    assert first["units"] != [1.0, 1.0]  # the second process has no normal image to measure any on
     # By hand: scores 15 and 31 of the first process, 115 and 131 of the second; one of each is anomalous.
     assert first["no masks"][1] == 115  # the largest map value of a normal image
     assert first["masks of the first"][1] == 15.5  # the one anomalous pixel has 16, the next lower one 15

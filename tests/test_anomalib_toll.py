@@ -33,6 +33,21 @@ class TestContract(AnomalibModelContract):
     arguments = {"image_size": (24, 32), "latent_dim": 8, "beta": 0.1}  # noqa: RUF012
 
 
+class TestContractInUnits(AnomalibModelContract):
+    """The same with a weight that follows the reconstruction, and a score whose terms are in units of their own."""
+
+    name = "Toll"
+    validation_logs = VALIDATION_LOGS
+    arguments = {  # noqa: RUF012
+        "image_size": (24, 32),
+        "latent_dim": 8,
+        "beta": "auto",
+        "strength": 0.5,
+        "score_scale": "median",
+        "score_weight": 0.3,
+    }
+
+
 class TestContractPaperNetwork(AnomalibModelContract):
     """The same with the authors' network for grey images and the authors' scaling."""
 
@@ -550,6 +565,154 @@ def test_a_last_batch_of_one_image_trains(tmp_path):
     _fit(_toll(encoder=encoder, decoder=decoder), tmp_path, data, max_epochs=1)
 
 
+# --- a weight that follows the reconstruction, and terms in units of their own
+
+
+def _network_state(model):
+    return {name: value.clone() for name, value in model.model.network.state_dict().items()}
+
+
+def _terms(model, items):
+    """Terms of images by an independent computation."""
+    x = torch.stack([item.image for item in items]).as_subclass(torch.Tensor)[:, :1]
+    model.eval()
+    with torch.no_grad():
+        made, latent = model.model.network(x)
+    return (x - made).flatten(1).norm(dim=1), latent.norm(dim=1)
+
+
+def _units(model):
+    return [float(unit) for unit in model.model.score.units]
+
+
+def test_auto_trains_and_its_held_out_loss_is_twice_the_reconstruction(tmp_path):
+    auto, plain = _toll(beta="auto", score_weight=0.5), _toll(beta=0.0)
+    logged = _fit(auto, tmp_path / "a", max_epochs=4).trainer.callback_metrics
+    _fit(plain, tmp_path / "b", max_epochs=4)
+    assert float(logged["val_loss"]) == pytest.approx(2 * float(logged["val_reconstruction"]), rel=1e-5)
+    assert float(logged["train_loss"]) == pytest.approx(2 * float(logged["train_reconstruction"]), rel=1e-5)
+    one, other = _network_state(auto), _network_state(plain)
+    assert not torch.equal(one["encoder.0.weight"], other["encoder.0.weight"])
+    data = _digits()
+    data.setup()
+    terms = [_terms(model, data.val_data) for model in (auto, plain)]
+    pressed, free = (float((latent / residual).mean()) for residual, latent in terms)
+    assert pressed < free
+
+
+def test_auto_equals_a_plain_torch_loop(tmp_path):
+    arguments = {"beta": "auto", "strength": 0.5, "score_weight": 0.0, "lr": 0.01}
+    model, twin, data = _toll(**arguments), _toll(**arguments).model.network, _digits()
+    _fit(model, tmp_path, data, max_epochs=1)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
+    twin.train()
+    for batch in data.train_dataloader():
+        x = batch.image.as_subclass(torch.Tensor)[:, :1]
+        x_hat, z = twin(x)
+        residual, norm = (x - x_hat).flatten(1).norm(dim=1).mean(), z.norm(dim=1).mean()
+        optimizer.zero_grad()
+        (residual + 0.5 * residual.item() / norm.item() * norm).backward()
+        optimizer.step()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.model.network.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("scale", ["none", "median"])
+def test_strength_zero_is_beta_zero_to_the_last_bit(tmp_path, scale):
+    found, data = [], _digits()
+    data.setup()
+    images = torch.stack([item.image for item in data.test_data][:50])
+    for i, beta in enumerate(({"beta": "auto", "strength": 0.0}, {"beta": 0.0})):
+        torch.manual_seed(0)
+        model = _toll(**beta, score_weight=0.7, score_scale=scale)
+        _fit(model, tmp_path / str(i))
+        found.append((model.state_dict(), model.eval().model(images).pred_score))
+    _equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("split", ["normal", "anomalies", "none"])
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_units_are_the_medians_of_the_weights_that_are_kept(tmp_path, split, exponent):
+    arguments = {"normal": {}, "anomalies": {"val_anomalies": True}, "none": {"val_ratio": 0}}[split]
+    data, model = _digits(**arguments), _toll(score_scale="median", exponent=exponent)
+    _fit(model, tmp_path, data, max_epochs=4, callbacks=[Worse(3)])
+    items = [item for item in (data.train_data if split == "none" else data.val_data) if not item.gt_label]
+    residual, latent = (np.median((term**exponent).double().numpy()) for term in _terms(model, items))
+    assert _units(model) == pytest.approx([residual, latent], rel=1e-5)
+    images = torch.stack([item.image for item in items][:20])
+    terms = [term[:20] ** exponent for term in _terms(model, items)]
+    found = model.model(images)
+    torch.testing.assert_close(found.pred_score, terms[0] / residual + 0.5 * terms[1] / latent, rtol=1e-4, atol=1e-5)
+    # The map is in the unit of its term.
+    norm = found.anomaly_map.flatten(1).norm(dim=1) ** exponent
+    torch.testing.assert_close(norm, terms[0] / residual, rtol=1e-4, atol=1e-5)
+
+
+def test_thresholds_and_the_checkpoint_are_in_the_units_of_the_best_weights(tmp_path):
+    model, data = _toll(beta="auto", score_scale="median"), _digits()
+    runner = _fit(model, tmp_path, data, max_epochs=4, callbacks=[Worse(3)])
+    scores = model.eval().model(torch.stack([item.image for item in data.val_data])).pred_score
+    assert float(model.post_processor.image_threshold) == pytest.approx(float(scores.max()), rel=1e-5)
+    shown = runner.test(model, datamodule=data, verbose=False)[0]
+    path = checkpoint_of(tmp_path, "Toll", "DigitsOneVsRest", "8")
+    loaded = Toll.load_from_checkpoint(path)
+    assert _units(loaded) == _units(model) != [1.0, 1.0]
+    again = engine(tmp_path / "again").test(
+        _toll(beta="auto", score_scale="median"), datamodule=_digits(), ckpt_path=path, verbose=False
+    )[0]
+    assert again == pytest.approx(shown, abs=1e-6)
+
+
+@pytest.mark.parametrize("val_ratio", [0.2, 0])
+def test_units_change_nothing_of_the_training(tmp_path, val_ratio):
+    found = []
+    for scale in ("none", "median"):
+        torch.manual_seed(0)
+        model = _toll(score_scale=scale)
+        _fit(model, tmp_path / scale, _digits(val_ratio=val_ratio), max_epochs=3)
+        found.append(_network_state(model))
+    _equal(*found)
+
+
+def test_a_later_fit_without_units_forgets_them(tmp_path):
+    model = _toll(score_scale="median")
+    _fit(model, tmp_path)
+    model.score_scale = "none"
+    _fit(model, tmp_path)
+    assert _units(model) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("beta", ["auto", 0.01])
+def test_constant_images_give_no_nan(tmp_path, beta):
+    data, model = _digits(), _toll(beta=beta, score_scale="median")
+    data.setup()
+    for part in (data.train_data, data.val_data):
+        part._images = torch.full_like(part._images, 0.5)
+    data._is_setup = True
+    _fit(model, tmp_path, data)
+    found = model.eval().model(torch.rand(4, 3, 8, 8))
+    assert bool(found.pred_score.isfinite().all())
+    assert bool(found.anomaly_map.isfinite().all())
+    assert all(unit > 0 and math.isfinite(unit) for unit in _units(model))
+
+
+def test_an_unscored_latent_need_not_separate_whatever_pressed_it(tmp_path):
+    model = _toll(beta="auto", score_scale="median", score_weight=0.0)
+    _fit(model, tmp_path, _digits(val_anomalies=True), max_epochs=3)
+    assert "latent_does_not_separate" not in [finding.signature for finding in model.findings]
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", "auto"), ("10", 10.0)])
+@pytest.mark.parametrize("name", ["Toll", "PatchToll"])
+def test_beta_by_the_command_line(name, given, expected):
+    arguments = ["--model", name, "--model.beta", given, "--model.score_scale", "median", "--model.image_size", "32"]
+    arguments += ["--model.pre_trained", "false"] if name == "PatchToll" else []
+    model = run_cli("train", *arguments, "--data", "DigitsOneVsRest", run=False).model
+    assert model.hparams["beta"] == expected
+    assert type(model.hparams["beta"]) is type(expected)
+
+
 # --- what goes wrong
 
 
@@ -661,6 +824,13 @@ def test_a_training_step_waits_for_the_device_once(tmp_path, monkeypatch):
     [
         ({"beta": -1.0}, ValueError, "beta must be finite and >= 0, got -1.0"),
         ({"beta": math.nan}, ValueError, "beta must be finite"),
+        ({"beta": "none"}, TypeError, "beta must be a number of at least 0 or 'auto', got 'none'"),
+        ({"beta": "auto"}, ValueError, "score_scale='none' with beta='auto' needs a score_weight"),
+        ({"strength": 0.5}, ValueError, "strength belongs to beta='auto', got 0.5 with beta=0.01"),
+        ({"beta": "auto", "score_weight": 1.0, "strength": -1}, ValueError, "strength must be finite and >= 0"),
+        ({"score_scale": "mean"}, ValueError, "score_scale must be one of 'median', 'none', got 'mean'"),
+        ({"score_weight": -0.5}, ValueError, "score_weight must be finite and >= 0, got -0.5"),
+        ({"score_weight": "1"}, TypeError, "score_weight must be a real number"),
         ({"lr": 0.0}, ValueError, "lr must be finite and > 0"),
         ({"image_size": 7}, ValueError, "image_size must be at least 8 pixels"),
         ({"image_size": (28, 4)}, ValueError, "image_size must be at least 8 pixels"),

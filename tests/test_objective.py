@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from toll_plugin.core import (
     TollLoss,
+    TollScore,
     TollTerms,
     in_units,
     relative_pressure,
@@ -20,6 +21,7 @@ from toll_plugin.core import (
     toll_terms,
     typical_terms,
 )
+from toll_plugin.core.objective import check_score_weight
 
 X = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
 X_HAT = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
@@ -113,7 +115,7 @@ def test_bad_beta(beta, error):
 @given(scale=st.floats(1e-6, 1e6), strength=st.floats(0, 10))
 def test_the_pressure_follows_the_scale_of_both_terms(scale, strength):
     loss = TollLoss("auto", strength=strength)
-    plain, scaled = (loss.terms(X, X_HAT, factor * Z.double()) for factor in (1.0, scale))
+    plain, scaled = (loss.terms(X.double(), X_HAT.double(), factor * Z.double()) for factor in (1.0, scale))
     # Means 3 and 1.5: the latent term is kept at strength times 3.
     torch.testing.assert_close(loss.losses(plain).mean(), torch.tensor(3 + 3 * strength).double())
     torch.testing.assert_close(loss.losses(scaled), loss.losses(plain))
@@ -228,3 +230,30 @@ def test_terms_of_a_residual_are_those_of_what_it_is_the_residual_of(exponent):
 
 def test_means_of_terms_are_numbers():
     assert toll_score(TollTerms(5.0, 2.0), beta=10.0) == 25.0
+
+
+def test_the_plain_score_is_the_papers_to_the_last_bit_and_old_states_still_load():
+    terms = TollTerms(torch.rand(100), torch.rand(100))
+    score = TollScore(0.01)
+    assert torch.equal(score(terms), toll_score(terms, beta=0.01))
+    score.measure(TollTerms(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.0, 0.0, 5.0])))
+    assert torch.equal(score(terms), terms.reconstruction / 2 + 0.01 * (terms.latent / 5))
+    assert torch.equal(TollScore(0.01, "latent").to(torch.float32)(terms), terms.latent)
+    other = TollScore(0.01)
+    other.load_state_dict(score.state_dict())
+    assert torch.equal(other(terms), score(terms))
+    score.load_state_dict({})  # from before there were units
+    assert torch.equal(score(terms), toll_score(terms, beta=0.01))
+
+
+@pytest.mark.parametrize(
+    ("weight", "beta", "scale", "expected"),
+    [(None, 10, "none", 10.0), (None, 10, "median", 0.5), (None, "auto", "median", 0.5), (2, "auto", "none", 2.0)],
+)
+def test_the_weight_of_the_score(weight, beta, scale, expected):
+    assert check_score_weight(weight, beta=beta, score_scale=scale) == expected
+
+
+def test_a_weight_that_follows_the_loss_is_none_of_the_score():
+    with pytest.raises(ValueError, match="score_scale='none' with beta='auto' needs a score_weight"):
+        check_score_weight(None, beta="auto", score_scale="none")

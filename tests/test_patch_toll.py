@@ -40,6 +40,12 @@ class TestContract(AnomalibModelContract):
             torch.testing.assert_close(resumed.model.state_dict()[name], value, msg=name)
 
 
+class TestContractInUnits(TestContract):
+    """The same with a weight that follows the reconstruction, and a score whose terms are in units of their own."""
+
+    arguments = ARGUMENTS | {"beta": "auto", "strength": 0.5, "score_scale": "median", "score_weight": 0.3}
+
+
 def _model(**changes):
     return PatchToll(**ARGUMENTS | {"seed": 0, "visualizer": False} | changes)
 
@@ -450,6 +456,81 @@ def test_pickles_and_copies_score_alike(mvtec_root, tmp_path):
         torch.testing.assert_close(other.eval()(images).pred_score, model.eval()(images).pred_score)
 
 
+# --- a weight that follows the reconstruction, and terms in units of their own
+
+
+def _units(model):
+    return [float(unit) for unit in model.model.patches.score.units]
+
+
+def test_auto_trains_and_its_held_out_loss_is_twice_the_reconstruction(mvtec_root, tmp_path):
+    auto, plain = _model(beta="auto", score_weight=0.5), _model(beta=0.0)
+    for model in (auto, plain):
+        _fit(model, tmp_path, _data(mvtec_root))
+    assert auto.history.total == pytest.approx([2 * value for value in auto.history.reconstruction], rel=1e-5)
+    name = "encoder.0.weight"
+    pressed, free = (model.model.patches.network.state_dict()[name] for model in (auto, plain))
+    assert not torch.equal(pressed, free)
+    assert auto.history.latent[-1] < plain.history.latent[-1]
+
+
+def test_strength_zero_is_beta_zero_to_the_last_bit(mvtec_root, tmp_path):
+    found = []
+    for beta in ({"beta": "auto", "strength": 0.0}, {"beta": 0.0}):
+        model = _model(**beta, score_weight=0.7, score_scale="median")
+        _fit(model, tmp_path, _data(mvtec_root))
+        images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+        found.append((model.state_dict(), model.eval().model(images).anomaly_map))
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("split", ["from_train", "same_as_test"])
+def test_units_are_the_medians_over_the_positions_held_out(mvtec_root, tmp_path, fitted_to, split):
+    model = _model(score_scale="median", sigma=0.0)
+    plain = _model()
+    for one in (model, plain):
+        _fit(one, tmp_path, _data(mvtec_root, val_split_mode=split))
+    patches = model.eval().model.patches
+    x = patches.prepare(fitted_to[0][2][slice(None)])
+    with torch.no_grad():
+        made, latent = patches.network(x)
+    residual, norm = ((x - made) ** 2).sum(1).double().numpy(), (latent**2).sum(1).double().numpy()
+    assert _units(model) == pytest.approx([np.median(residual), np.median(norm)], rel=1e-5)
+    assert _units(plain) == [1.0, 1.0]
+    for name, value in plain.model.patches.network.state_dict().items():  # the score changes nothing of the fit
+        torch.testing.assert_close(patches.network.state_dict()[name], value, rtol=0, atol=0)
+    # Threshold and map are in these units: the largest score of a held-out image is the largest of its positions'.
+    grids = (residual / np.median(residual) + 0.5 * norm / np.median(norm)).reshape(-1, 1, 8, 12)
+    maps = torch.nn.functional.interpolate(torch.from_numpy(grids), (64, 96), mode="bilinear")
+    assert float(model.post_processor.image_threshold) == pytest.approx(float(maps.max()), rel=1e-4)
+
+
+def test_a_checkpoint_keeps_the_units(mvtec_root, tmp_path):
+    model = _model(beta="auto", score_scale="median")
+    _fit(model, tmp_path, _data(mvtec_root))
+    loaded = PatchToll.load_from_checkpoint(checkpoint_of(tmp_path, "PatchToll", "MVTecAD", "part")).eval()
+    assert _units(loaded) == _units(model) != [1.0, 1.0]
+    images = torch.rand(2, 3, 64, 96)
+    torch.testing.assert_close(loaded.model(images).pred_score, model.eval().model(images).pred_score)
+
+
+@pytest.mark.parametrize("beta", ["auto", 1.0])
+def test_constant_images_give_no_nan(tmp_path, beta):
+    from PIL import Image
+
+    for part, count in (("good", 6), ("bad", 1)):
+        (tmp_path / "images" / part).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (48, 40), (128, 128, 128)).save(tmp_path / f"images/{part}/{i}.png")
+    arguments = {"normal_dir": "good", "abnormal_dir": "bad", "num_workers": 0, "seed": 0}
+    data = Folder("parts", root=tmp_path / "images", **arguments, val_split_mode="from_train", val_split_ratio=0.3)
+    model = _model(beta=beta, score_scale="median")
+    _fit(model, tmp_path, data)
+    found = model.eval().model(torch.rand(2, 3, 64, 96))
+    assert bool(found.anomaly_map.isfinite().all())
+    assert all(unit > 0 and math.isfinite(unit) for unit in _units(model))
+
+
 # --- refusals
 
 
@@ -527,6 +608,11 @@ def test_images_of_several_sizes_are_refused_without_a_pre_processor(tmp_path):
         ({"quantile": 0}, ValueError, "quantile must be finite and > 0"),
         ({"quantile": 0.9, "post_processor": False}, ValueError, "quantile must be None where post_processor"),
         ({"beta": -1}, ValueError, "beta must be finite and >= 0"),
+        ({"beta": "none"}, TypeError, "beta must be a number of at least 0 or 'auto', got 'none'"),
+        ({"beta": "auto"}, ValueError, "score_scale='none' with beta='auto' needs a score_weight"),
+        ({"strength": 0.5}, ValueError, "strength belongs to beta='auto', got 0.5 with beta=1.0"),
+        ({"score_scale": "mean"}, ValueError, "score_scale must be one of 'median', 'none', got 'mean'"),
+        ({"score_weight": -0.5}, ValueError, "score_weight must be finite and >= 0, got -0.5"),
         ({"exponent": 3}, ValueError, "exponent must be one of 1, 2"),
         ({"score_term": "both"}, ValueError, "score_term must be one of"),
         ({"sigma": -1.0}, ValueError, "sigma"),

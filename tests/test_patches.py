@@ -86,6 +86,40 @@ def test_terms_and_score_equal_a_loop_over_positions(exponent, term):
                 assert float(scores[n, 0, i, j]) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_units_are_medians_over_held_out_positions(exponent, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 32)  # several pieces, the last of them short
+    model, plain = _patches(exponent=exponent, beta="auto"), _patches(exponent=exponent, beta="auto")
+    fit_patches(model, ROWS, HELD_OUT, max_steps=20, score_scale="median", generator=_generator())
+    fit_patches(plain, ROWS, HELD_OUT, max_steps=20, generator=_generator())
+    model.eval()
+    x = (HELD_OUT - ROWS.mean(0)) / ROWS.std(0, correction=0)
+    with torch.no_grad():
+        made, latent = model.network(x)
+    expected = [np.median([float(row.norm()) ** exponent for row in rows]) for rows in (x - made, latent)]
+    assert [float(unit) for unit in model.score.units] == pytest.approx(expected, rel=1e-4)
+    assert [float(unit) for unit in plain.score.units] == [1.0, 1.0]
+    torch.testing.assert_close(plain.network.state_dict(), model.network.state_dict(), rtol=0, atol=0)
+    fit_patches(model, ROWS, HELD_OUT, max_steps=2, generator=_generator())
+    assert [float(unit) for unit in model.score.units] == [1.0, 1.0]  # a fit without units forgets them
+
+
+def test_the_scores_weight_need_not_be_the_losss():
+    model = PatchAutoencoder(_Halves(), TollLoss("auto", strength=3.0), score_weight=0.5)
+    model.score.reconstruction_unit.fill_(4.0)
+    model.score.latent_unit.fill_(2.0)
+    # x = (4, 0, 0): the residual is (2, 0, 0), the latent (4, 4).
+    found = model(torch.tensor([4.0, 0.0, 0.0]).view(1, 3, 1, 1)).item()
+    assert found == pytest.approx(2 / 4 + 0.5 * math.sqrt(32) / 2)
+
+
+def test_unknown_scales_and_weights_are_refused():
+    with pytest.raises(ValueError, match="score_scale must be one of 'median', 'none', got 'mean'"):
+        fit_patches(_patches(), ROWS, HELD_OUT, score_scale="mean", generator=_generator())
+    with pytest.raises(ValueError, match="score_weight must be finite and >= 0, got -1"):
+        PatchAutoencoder(_Halves(), TollLoss(), score_weight=-1)
+
+
 def test_an_unknown_score_term_is_refused():
     with pytest.raises(ValueError, match=r"score_term must be one of .*got 'both'"):
         _patches(term="both")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from toll_plugin.anomalib.checkpoints import check_archive, restore_components, 
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.core.checks import check_image_size
 
-__all__ = ["TollModuleMixin", "is_normal", "size_for", "size_of", "validation_batches"]
+__all__ = ["TollModuleMixin", "is_normal", "size_for", "size_of", "training_batches", "validation_batches"]
 
 
 if TYPE_CHECKING:
@@ -143,12 +143,22 @@ def is_normal(batch: Batch) -> Tensor:
 
 def validation_batches(module: AnomalibModule) -> Iterator[Batch]:
     """The trainer's validation batches, on the module's device and pre-processed as for ``validation_step``."""
-    trainer = module.trainer
-    loaders = trainer.val_dataloaders or []
+    loaders = module.trainer.val_dataloaders or []
     loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-    for loader, limit in zip(loaders, trainer.num_val_batches, strict=False):
-        for index, loaded in enumerate(islice(loader, None if limit == math.inf else int(limit))):
-            batch = trainer.strategy.batch_to_device(loaded, module.device)
-            if isinstance(module.pre_processor, PreProcessor):
-                module.pre_processor.on_validation_batch_start(trainer, module, batch, index)
-            yield batch
+    for loader, limit in zip(loaders, module.trainer.num_val_batches, strict=False):
+        yield from _batches(module, loader, limit, "on_validation_batch_start")
+
+
+def training_batches(module: AnomalibModule) -> Iterator[Batch]:
+    """The trainer's training batches, the same way, in a new order if the loader shuffles."""
+    loader: Any = module.trainer.train_dataloader
+    yield from _batches(module, loader, module.trainer.num_training_batches, "on_train_batch_start")
+
+
+def _batches(module: AnomalibModule, loader: Iterable[Any], limit: float, hook: str) -> Iterator[Batch]:
+    trainer = module.trainer
+    for index, loaded in enumerate(islice(loader, None if limit == math.inf else int(limit))):
+        batch = trainer.strategy.batch_to_device(loaded, module.device)
+        if isinstance(module.pre_processor, PreProcessor):
+            getattr(module.pre_processor, hook)(trainer, module, batch, index)
+        yield batch

@@ -7,8 +7,9 @@ from anomalib.metrics import F1AdaptiveThreshold
 from torch import Tensor, distributed
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
 
-__all__ = ["ScoreThreshold", "updated_anywhere"]
+__all__ = ["ScoreThreshold", "gathered", "updated_anywhere"]
 
 
 class ScoreThreshold(F1AdaptiveThreshold):
@@ -34,6 +35,13 @@ class ScoreThreshold(F1AdaptiveThreshold):
         threshold: Tensor = super().compute()
         lower = (preds := dim_zero_cat(self.preds))[preds < threshold]
         return (threshold + lower.max()) / 2 if len(lower) else threshold - 1
+
+
+def gathered(values: Tensor) -> Tensor:
+    """The rows of all processes, shape ``(N, *)``, N the sum of what each has, which may be none."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    return torch.cat(gather_all_tensors(values.contiguous()))
 
 
 def updated_anywhere(*metrics: Metric) -> list[bool]:

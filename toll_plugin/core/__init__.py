@@ -21,6 +21,7 @@ from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencod
 from toll_plugin.core.patches.fit import fit_patches
 from toll_plugin.core.patches.model import PatchAutoencoder
 from toll_plugin.core.penalty import TargetedCollapse, latent_norm
+from toll_plugin.core.score import TollScore
 from toll_plugin.core.tables.fit import FittedTable, TableSplit, TrainedMember, fit_table, hold_out, rehearse
 from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.model import Measure, TableMember, TableModel
@@ -51,6 +52,7 @@ __all__ = [
     "TableSplit",
     "TargetedCollapse",
     "TollLoss",
+    "TollScore",
     "TollTerms",
     "TollWarning",
     "TrainedMember",

@@ -16,10 +16,16 @@ __all__ = ["CollapseMonitor", "Finding", "TollWarning", "warn"]
 Signature = Literal["predicts_mean", "constant_latent", "latent_does_not_separate"]
 
 _ADVICE: dict[Signature, str] = {
-    "predicts_mean": "lower beta, train longer, or raise latent_dim or the learning rate",
-    "constant_latent": "lower beta, or keep a BatchNorm behind the latent so that its scale stays free",
+    "predicts_mean": (
+        "lower beta (or its strength, where it is 'auto'), train longer, or raise latent_dim or the learning rate"
+    ),
+    "constant_latent": (
+        "lower beta (or its strength, where it is 'auto'), or keep a BatchNorm behind the latent so that its scale "
+        "stays free"
+    ),
     "latent_does_not_separate": (
-        "lower beta or stop earlier, or score by the reconstruction alone if beta 0 ranks as well"
+        "lower beta (or its strength, where it is 'auto') or stop earlier, or score by the reconstruction alone if "
+        "beta 0 ranks as well"
     ),
 }
 

@@ -17,11 +17,14 @@ from typing_extensions import NamedTuple
 from toll_plugin.core.checks import check_finite_float, check_option
 
 __all__ = [
+    "SCORE_WEIGHT",
     "Beta",
+    "ScoreScale",
     "ScoreTerm",
     "TollLoss",
     "TollTerms",
     "check_beta",
+    "check_score_weight",
     "in_units",
     "norm_per_sample",
     "relative_pressure",
@@ -34,6 +37,12 @@ __all__ = [
 ]
 
 ScoreTerm = Literal["total", "reconstruction", "latent"]
+
+#: Whether the score adds its terms in units of their own, or as they are.
+ScoreScale = Literal["median", "none"]
+
+#: Of the latent term in the score, where both terms are in units of their own.
+SCORE_WEIGHT = 0.5
 
 #: A weight that is a number, or one that follows the reconstruction.
 Beta = float | Literal["auto"]
@@ -374,3 +383,35 @@ def check_beta(name: str, value: object) -> Beta:
         msg = f"{name} must be a number of at least 0 or 'auto', got {value!r}"
         raise TypeError(msg)
     return check_finite_float(name, value, minimum=0)
+
+
+def check_score_weight(score_weight: object, *, beta: object, score_scale: object) -> float:
+    """The weight of the latent term in the score, of which the loss's weight is only one choice.
+
+    Args:
+        score_weight: A number of at least 0, which is the weight; or ``None`` for the default: beta
+            where the terms stay as they are, :data:`SCORE_WEIGHT` where each is in its unit, in which beta is not.
+        beta: Of the loss, see :class:`TollLoss`.
+        score_scale: ``"none"`` or ``"median"``.
+
+    Raises:
+        TypeError: If ``score_weight`` or ``beta`` has the wrong type.
+        ValueError: If one is out of range, ``score_scale`` is unknown, or there is neither a beta that is a number
+            nor a unit nor a ``score_weight``.
+
+    Example:
+        >>> check_score_weight(None, beta=10.0, score_scale="none")
+        10.0
+        >>> check_score_weight(None, beta="auto", score_scale="median")
+        0.5
+    """
+    check_option("score_scale", score_scale, get_args(ScoreScale))
+    beta = check_beta("beta", beta)
+    if score_weight is not None:
+        return check_finite_float("score_weight", score_weight, minimum=0)
+    if score_scale == "median":
+        return SCORE_WEIGHT
+    if beta == "auto":
+        msg = "score_scale='none' with beta='auto' needs a score_weight: there is no beta to weigh the latent by"
+        raise ValueError(msg)
+    return beta

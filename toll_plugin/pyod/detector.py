@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from torch import Tensor, nn
 
-from toll_plugin.core.checks import check_finite_float, check_integer, check_option
+from toll_plugin.core.checks import check_integer, check_option
 from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
-from toll_plugin.core.objective import Beta, ScoreTerm, TollLoss
+from toll_plugin.core.objective import Beta, ScoreTerm, TollLoss, check_score_weight
 from toll_plugin.core.tables.fit import (
     FittedTable,
     Metric,
@@ -358,14 +358,7 @@ class TollDetector(CarefulDetector):
         return TollLoss(self.beta, strength=self.strength, exponent=self.exponent)
 
     def _score_weight(self) -> float:
-        if self.score_weight is not None:
-            return check_finite_float("score_weight", self.score_weight, minimum=0)
-        if self.score_scale == "median":
-            return _SCORE_WEIGHT
-        if self.beta == "auto":
-            msg = "score_scale='none' with beta='auto' needs a score_weight: there is no beta to weigh the latent by"
-            raise ValueError(msg)
-        return check_finite_float("beta", self.beta, minimum=0)
+        return check_score_weight(self.score_weight, beta=self.beta, score_scale=self.score_scale)
 
     def _take(self, fitted: FittedTable, table: NDArray[Any], before: Mapping[str, Floats]) -> None:
         """Set what a fit leaves on the detector; ``before`` are the curves that the new ones go on from."""
@@ -541,6 +534,4 @@ def _print_epoch(epoch: int, histories: list[History]) -> None:
     sys.stdout.write(f"epoch {epoch + 1} {values}\n")
 
 
-#: Of the latent term where both terms are in units of their own.
-_SCORE_WEIGHT = 0.5
 _PLAIN = (np.dtype(np.float64), np.dtype(np.float32))

@@ -23,7 +23,7 @@ from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.core.diagnostics import Finding, warn
 from toll_plugin.core.networks import DenseAutoencoder
-from toll_plugin.core.objective import ScoreTerm, TollLoss
+from toll_plugin.core.objective import Beta, ScoreScale, ScoreTerm, TollLoss, check_beta, check_score_weight
 from toll_plugin.core.patches.fit import examine, fit_patches
 from toll_plugin.core.patches.images import ImageFeatures
 from toll_plugin.core.patches.model import PatchAutoencoder
@@ -44,7 +44,8 @@ class PatchToll(TollModuleMixin, AnomalibModule):
     projected on their leading principal components. Then a small autoencoder learns them,
     :math:`\frac1P\sum_p \|x_p - \hat x_p\|^2 + \beta\|z_p\|^2` over positions p. The same sum at
     each position, enlarged and smoothed, is the anomaly map, and its maximum the score: no memory
-    bank is searched.
+    bank is searched. ``beta="auto"`` and ``score_scale="median"`` depart from the paper: they make loss and score
+    free of the scale of the features.
 
     No anomaly is used in training. Held-out normal images choose the epoch and, by ``quantile``,
     the threshold: those of the validation split where all its images are normal, else a fifth of
@@ -63,8 +64,20 @@ class PatchToll(TollModuleMixin, AnomalibModule):
             have channels. Default 192.
         hidden_size: Width of the hidden layer of encoder and decoder. Default 1024.
         latent_dim: Length of the latent of a position. Default 32.
-        beta: Weight of the latent norm, at least 0. Default 1.
+        beta: Weight of the latent norm in the loss, at least 0, or ``"auto"``. A number is the paper's form;
+            being tied to the scale of the data, it fades as training shrinks the latent. ``"auto"`` takes in each
+            batch the weight that keeps the latent term at ``strength`` times the reconstruction term, see
+            :class:`toll_plugin.core.TollLoss`; the held-out loss is then (1 + strength) times the reconstruction term.
+            Default 1.
+        strength: Of ``beta="auto"``: how many times as large as the reconstruction term the latent term is kept, at
+            least 0; 0 trains as beta 0 does. Default 1.
         exponent: Of both norms, 1 or 2 (default).
+        score_scale: ``"none"`` (default): the score adds the terms as they are, as in the paper. ``"median"``: each is
+            first divided by its median over all positions of the held-out images. These units are kept in the model,
+            in checkpoints and in exports, and map and threshold are in them. Then both terms are near 1 on normal
+            positions, and the weight is not tied to the scale of the data.
+        score_weight: Weight of the latent term in the score, at least 0. Default: beta, or 0.5 with ``"median"``.
+            ``beta="auto"`` with ``"none"`` needs one, for it leaves no number to weigh by.
         score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"`` alone, in map and score.
         neighbourhood: Side of the average over neighbouring features, odd. Default 3.
         stride: Pixels from one position to the next; finer layers are averaged, coarser ones
@@ -116,8 +129,11 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         n_components: int = 192,
         hidden_size: int = 1024,
         latent_dim: int = 32,
-        beta: float = 1.0,
+        beta: Beta = 1.0,
+        strength: float = 1.0,
         exponent: int = 2,
+        score_scale: ScoreScale = "none",
+        score_weight: float | None = None,
         score_term: ScoreTerm = "total",
         neighbourhood: int = 3,
         stride: int = 8,
@@ -143,7 +159,10 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         n_components = check_integer("n_components", n_components, minimum=1)
         hidden_size = check_integer("hidden_size", hidden_size, minimum=1)
         latent_dim = check_integer("latent_dim", latent_dim, minimum=1)
-        beta = check_finite_float("beta", beta, minimum=0)
+        beta = check_beta("beta", beta)
+        strength = check_finite_float("strength", strength, minimum=0)
+        score_weight = None if score_weight is None else check_finite_float("score_weight", score_weight, minimum=0)
+        weight = check_score_weight(score_weight, beta=beta, score_scale=score_scale)
         exponent = check_integer("exponent", exponent, minimum=1)
         neighbourhood = check_integer("neighbourhood", neighbourhood, minimum=1)
         stride = check_integer("stride", stride, minimum=1)
@@ -174,7 +193,9 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         self.history: History | None = None
         self._image_size = image_size
         self._hidden_size, self._latent_dim = hidden_size, latent_dim
-        self._loss, self._score_term = TollLoss(beta, exponent=exponent), score_term
+        self.score_scale = score_scale
+        self._loss = TollLoss(beta, strength=strength, exponent=exponent)
+        self._score_term, self._score_weight = score_term, weight
         extractor = build_backbone(backbone, layers, seed)
         self._channels = sum(extractor.out_dims)
         self._n_components = min(n_components, self._channels)
@@ -186,7 +207,7 @@ class PatchToll(TollModuleMixin, AnomalibModule):
 
     def _new_patches(self, generator: torch.Generator) -> PatchAutoencoder:
         network = DenseAutoencoder(self._n_components, (self._hidden_size,), self._latent_dim, generator=generator)
-        return PatchAutoencoder(network, self._loss, self._score_term, self._channels)
+        return PatchAutoencoder(network, self._loss, self._score_term, self._channels, self._score_weight)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -284,6 +305,7 @@ class PatchToll(TollModuleMixin, AnomalibModule):
             batch_size=self.batch_size,
             max_steps=self.max_steps,
             patience=self.patience,
+            score_scale=self.score_scale,
             generator=generator,
             progress=self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero,
             on_epoch=self._log_epoch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -14,19 +14,28 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from toll_plugin.anomalib.base import TollModuleMixin, is_normal, size_for, validation_batches
+from toll_plugin.anomalib.base import TollModuleMixin, is_normal, size_for, training_batches, validation_batches
 from toll_plugin.anomalib.callbacks import RestoreBestWeights
-from toll_plugin.anomalib.metrics import updated_anywhere
+from toll_plugin.anomalib.metrics import gathered, updated_anywhere
 from toll_plugin.anomalib.post_processor import TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.anomalib.toll.torch_model import NetworkName, TollModel, build_network, check_finite
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
 from toll_plugin.core.modes import batch_norm_fits, evaluating
-from toll_plugin.core.objective import ScoreTerm, TollLoss
+from toll_plugin.core.objective import (
+    Beta,
+    ScoreScale,
+    ScoreTerm,
+    TollLoss,
+    TollTerms,
+    check_beta,
+    check_score_weight,
+)
 from toll_plugin.core.training.divergence import DivergenceError, DivergenceGuard
 
 __all__ = ["Toll"]
@@ -40,7 +49,8 @@ class Toll(TollModuleMixin, AnomalibModule):
     r"""Targeted collapse regularised autoencoder for images.
 
     Trains :math:`\frac1N\sum_i \|x_i - \hat x_i\| + \beta\|z_i\|` on normal images and scores
-    with the same sum per image; the anomaly map is the residual alone, see :class:`TollModel`.
+    with the same sum per image; the anomaly map is the residual alone, see :class:`TollModel`. ``beta="auto"`` and
+    ``score_scale="median"`` depart from the paper: they make loss and score free of the scale of the data.
 
     Where the data have a validation split, ``val_loss`` is the loss of its normal images (all
     images, where it has no labels): no anomaly is used. Training stops by it and the weights of
@@ -59,9 +69,21 @@ class Toll(TollModuleMixin, AnomalibModule):
             ``decoder`` and replaces ``network`` and ``latent_dim``. A checkpoint does not store
             it: pass both to ``load_from_checkpoint`` again.
         decoder: A module of your own from the latent back to ``(N, in_channels, H, W)``.
-        beta: Weight of the latent norm, at least 0, in input units per latent unit. Default
-            0.01; see the README on choosing it.
+        beta: Weight of the latent norm in the loss, at least 0, in input units per latent unit, or ``"auto"``. A
+            number is the paper's form; being tied to the scale of the data, it fades as training shrinks the latent.
+            ``"auto"`` takes in each batch the weight that keeps the latent term at ``strength`` times the
+            reconstruction term, see :class:`toll_plugin.core.TollLoss`; the held-out loss is then (1 + strength) times
+            the reconstruction term. Default 0.01; see the README on choosing it.
+        strength: Of ``beta="auto"``: how many times as large as the reconstruction term the latent term is kept, at
+            least 0; 0 trains as beta 0 does. Default 1.
         exponent: Of both norms, 1 (default, the authors' code) or 2.
+        score_scale: ``"none"`` (default): the score adds the terms as they are, as in the paper. ``"median"``: each is
+            first divided by its median over the normal validation images (the training images, where there are
+            none). These units are kept in the model, in checkpoints and in exports, and the anomaly map is in that of
+            its term. Then both terms are near 1 on normal images, and the weight is not tied to the scale of the data.
+            Each validation measures them, which needs one more pass over its images.
+        score_weight: Weight of the latent term in the score, at least 0. Default: beta, or 0.5 with ``"median"``.
+            ``beta="auto"`` with ``"none"`` needs one, for it leaves no number to weigh by.
         score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"`` alone.
         lr: Learning rate of Adam, more than 0. Default 1e-3.
         scaling: ``"unit"`` (default, pixels in [0, 1]), ``"imagenet"``, or the authors'
@@ -105,8 +127,11 @@ class Toll(TollModuleMixin, AnomalibModule):
         network: NetworkName = "conv",
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
-        beta: float = 0.01,
+        beta: Beta = 0.01,
+        strength: float = 1.0,
         exponent: int = 1,
+        score_scale: ScoreScale = "none",
+        score_weight: float | None = None,
         score_term: ScoreTerm = "total",
         lr: float = 1e-3,
         scaling: str = "unit",
@@ -122,7 +147,10 @@ class Toll(TollModuleMixin, AnomalibModule):
     ) -> None:
         # The base class records these variables as hyperparameters, which must be plain data to
         # load under weights_only: numbers are made Python's own, and modules are taken out.
-        beta = check_finite_float("beta", beta, minimum=0)
+        beta = check_beta("beta", beta)
+        strength = check_finite_float("strength", strength, minimum=0)
+        score_weight = None if score_weight is None else check_finite_float("score_weight", score_weight, minimum=0)
+        weight = check_score_weight(score_weight, beta=beta, score_scale=score_scale)
         lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
         exponent = check_integer("exponent", exponent, minimum=1)
         latent_dim = check_integer("latent_dim", latent_dim, minimum=1)
@@ -131,7 +159,6 @@ class Toll(TollModuleMixin, AnomalibModule):
         max_epochs = None if max_epochs is None else check_integer("max_epochs", max_epochs, minimum=1)
         seed = None if seed is None else check_integer("seed", seed, minimum=0)
         check_option("in_channels", in_channels, (1, 3))
-        check_option("score_term", score_term, get_args(ScoreTerm))
         check_option("network", network, get_args(NetworkName))
         if isinstance(pre_processor, TollPreProcessor):
             scaling, scaling_range = pre_processor.scaling, pre_processor.scaling_range
@@ -153,11 +180,13 @@ class Toll(TollModuleMixin, AnomalibModule):
         self.lr = lr
         self.patience = patience
         self.max_epochs = max_epochs
+        self.score_scale = score_scale
         self.findings: list[Finding] = []
         self.model: TollModel = TollModel(
             build_network(network, *modules, (in_channels, *image_size), latent_dim, seed),
-            TollLoss(beta, exponent=exponent),
+            TollLoss(beta, strength=strength, exponent=exponent),
             score_term,
+            weight,
         )
         self.val_loss, self.val_reconstruction, self.val_latent = MeanMetric(), MeanMetric(), MeanMetric()
         self._image_size = image_size
@@ -220,7 +249,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         del batch_idx
         with batch_norm_fits(self.model, len(batch.image)):
             terms = self.model.reconstruct(batch.image).terms
-        loss: Tensor = self.model.loss.score(terms).mean()
+        loss: Tensor = self.model.loss.losses(terms).mean()
         means = torch.stack([loss, terms.reconstruction.mean(), terms.latent.mean()]).detach().tolist()
         if self._guard is not None:
             try:
@@ -233,10 +262,48 @@ class Toll(TollModuleMixin, AnomalibModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's means. At each step Lightning's logging would cost more than a small network's step."""
+        """Log the epoch's means, and measure the units of the score where no validation does.
+
+        At each step Lightning's logging would cost more than a small network's step.
+        """
         super().on_train_epoch_end()
+        if not any(self.trainer.num_val_batches):
+            self._measure_units()
         means = (self._train_sums / self._train_count).float().to(self.device)
         self.log_dict(dict(zip(_TRAIN_LOGS, means, strict=True)), prog_bar=True, sync_dist=True)
+
+    def on_validation_start(self) -> None:
+        """Measure the units of the score, which the thresholds that the validation sets have to be in.
+
+        Each validation of a fit does so, not the end of the fit alone, since its weights may turn out to be the best:
+        they are kept, and saved in checkpoints, with the units and the thresholds that belong to them.
+        """
+        super().on_validation_start()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._measure_units()
+
+    def _measure_units(self) -> None:
+        if self.score_scale == "none":
+            self.model.score.measure(None)
+            return
+        # A loader draws a number from the global generator when it starts: training must not depend on the score.
+        with torch.random.fork_rng(devices=[]):
+            terms = self._normal_terms(validation_batches(self))
+            if not len(terms.reconstruction):
+                terms = self._normal_terms(training_batches(self))
+        # A diverged network has no units. The validation that follows stops the fit.
+        if all(bool(term.isfinite().all()) for term in terms):
+            self.model.score.measure(terms)
+
+    @torch.no_grad()
+    def _normal_terms(self, batches: Iterable[Batch]) -> TollTerms[Tensor]:
+        """Terms of the normal images among ``batches``, of all processes and in evaluation mode."""
+        found = [torch.empty(2, 0, device=self.device)]
+        with evaluating(self.model), self.trainer.precision_plugin.val_step_context():
+            for batch in batches:
+                terms = self.model.reconstruct(batch.image, batch.image_path).terms
+                found.append(torch.stack([*terms])[:, is_normal(batch)])
+        return TollTerms(*gathered(torch.cat(found, dim=1).T).T)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Predictions of a batch, and the loss of its normal images."""
@@ -244,9 +311,10 @@ class Toll(TollModuleMixin, AnomalibModule):
         found = self.model.reconstruct(batch.image, batch.image_path)
         normal = is_normal(batch)
         if normal.any():
-            self.val_loss.update(self.model.loss.score(found.terms)[normal])
-            self.val_reconstruction.update(found.terms.reconstruction[normal])
-            self.val_latent.update(found.terms.latent[normal])
+            terms = TollTerms(*(term[normal] for term in found.terms))
+            self.val_loss.update(self.model.loss.losses(terms))
+            self.val_reconstruction.update(terms.reconstruction)
+            self.val_latent.update(terms.latent)
         return batch.update(**self.model.predict(found)._asdict())
 
     def on_validation_epoch_end(self) -> None:
@@ -285,7 +353,7 @@ class Toll(TollModuleMixin, AnomalibModule):
                 found = self.model.reconstruct(batch.image)
                 monitor.update(found.x, found.terms, ~is_normal(batch), exponent=self.model.loss.exponent)
         # Where the score has no latent term it need not separate anything.
-        scored = self.model.loss.weight > 0 and self.model.score_term != "reconstruction"
+        scored = self.model.score.has_latent
         return [f for f in monitor.findings() if scored or f.signature != "latent_does_not_separate"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

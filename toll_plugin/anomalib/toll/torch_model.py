@@ -13,6 +13,7 @@ from torchvision.tv_tensors import TVTensor
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, check_input
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
+from toll_plugin.core.score import TollScore
 
 __all__ = ["NetworkName", "Reconstruction", "TollModel", "build_network", "check_finite", "plain"]
 
@@ -74,15 +75,20 @@ class TollModel(nn.Module):
     Args:
         network: Module that returns ``(reconstruction, latent)``, with an ``input_shape``
             ``(C, H, W)``; with one channel, images of three are averaged first.
-        loss: The objective; its per-sample value is the score.
+        loss: The objective; its per-sample value is the score, unless the next or the units say otherwise.
         score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"``.
+        score_weight: Of the latent in the score, at least 0. Default: beta, or the strength if beta is ``"auto"``.
+
+    Attributes:
+        score: The :class:`toll_plugin.core.TollScore`, with the units of both terms: 1 until they are measured.
 
     Shape:
         Images ``(N, 3, H, W)``, already scaled. In training mode :class:`TollTerms` of shape
         ``(N,)``; in evaluation mode an ``InferenceBatch`` with ``pred_score`` ``(N,)`` and
         ``anomaly_map`` ``(N, 1, H, W)``, the residual's norm over the channels. The latent has
         no place in the image, so its term enters the score only:
-        :math:`\text{score} = \|\text{map}\| + \beta\|z\|` at exponent 1.
+        :math:`\text{score} = \|\text{map}\| + \beta\|z\|` at exponent 1. The map is in the same unit as the
+        reconstruction term.
 
     Raises:
         ValueError: If images have another size or channel count than the network takes, or, in evaluation
@@ -99,11 +105,17 @@ class TollModel(nn.Module):
         (torch.Size([2]), torch.Size([2, 1, 16, 16]))
     """
 
-    def __init__(self, network: nn.Module, loss: TollLoss, score_term: ScoreTerm = "total") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: TollLoss,
+        score_term: ScoreTerm = "total",
+        score_weight: float | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.loss = loss
-        self.score_term = score_term
+        self.score = TollScore(loss.weight if score_weight is None else score_weight, score_term)
 
     def forward(self, images: Tensor, names: Sequence[str] | None = None) -> TollTerms[Tensor] | InferenceBatch:
         """:meth:`reconstruct`, then the terms in training mode or :meth:`predict` in evaluation mode."""
@@ -119,7 +131,9 @@ class TollModel(nn.Module):
     def predict(self, found: Reconstruction) -> InferenceBatch:
         """Score and anomaly map from what :meth:`reconstruct` returned."""
         residual = (found.x - found.x_hat).square().sum(dim=1, keepdim=True).sqrt()
-        return InferenceBatch(pred_score=self.loss.score(found.terms, self.score_term), anomaly_map=residual)
+        unit = self.score.reconstruction_unit  # of the term, which is a square where the exponent is 2
+        anomaly_map = residual / (unit if self.loss.exponent == 1 else unit.sqrt())
+        return InferenceBatch(pred_score=self.score(found.terms), anomaly_map=anomaly_map)
 
     def _as_input(self, images: Tensor, names: Sequence[str] | None) -> Tensor:
         x = plain(images)

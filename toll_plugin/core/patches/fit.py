@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from toll_plugin.core.checks import check_finite_float, check_integer
+from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding
 from toll_plugin.core.modes import evaluating
-from toll_plugin.core.objective import TollTerms
+from toll_plugin.core.objective import ScoreScale, TollTerms
 from toll_plugin.core.patches.model import PatchAutoencoder
 from toll_plugin.core.rows import Rows, RowSubset
 from toll_plugin.core.threads import fork_safe
@@ -33,6 +34,7 @@ def fit_patches(
     batch_size: int = 512,
     max_steps: int = 1500,
     patience: int | None = 20,
+    score_scale: ScoreScale = "none",
     generator: torch.Generator,
     progress: bool = False,
     on_epoch: OnEpoch | None = None,
@@ -56,6 +58,8 @@ def fit_patches(
         batch_size: Positions per step. Default 512.
         max_steps: Steps. Default 1500.
         patience: Epochs without a lower held-out loss before training stops; ``None`` never stops.
+        score_scale: ``"none"`` (default) leaves the score's terms as they are, as in the paper; with ``"median"``
+            each is divided by its median over all held-out positions, under the weights that are kept.
         generator: Decides which rows are drawn, and their order.
         progress: Show a bar.
         on_epoch: See :func:`toll_plugin.core.fit`.
@@ -72,6 +76,7 @@ def fit_patches(
     check_finite_float("focus", focus, minimum=0)
     check_integer("max_steps", max_steps, minimum=1)
     check_integer("batch_size", batch_size, minimum=2)
+    check_option("score_scale", score_scale, get_args(ScoreScale))
     optimizer = cosine_adam(lr, max_steps)
     options = TrainingOptions(optimizer, batch_size=batch_size, max_epochs=None, max_steps=max_steps, patience=patience)
     device = model.mean.device
@@ -101,6 +106,7 @@ def fit_patches(
                 progress=progress,
                 on_epoch=on_epoch,
             )
+        model.score.measure(_terms(validation, model) if score_scale == "median" else None)
     return trained.histories[0]
 
 
@@ -182,6 +188,17 @@ def _distances(name: str, rows: Rows, model: PatchAutoencoder) -> Tensor:
         msg = f"{name} must be finite, got NaN or infinity"
         raise ValueError(msg)
     return distances
+
+
+@torch.no_grad()
+def _terms(rows: Rows, model: PatchAutoencoder) -> TollTerms[Tensor]:
+    """Terms of raw rows, one after the other, on the CPU."""
+    found = []
+    with evaluating(model):
+        for part in _pieces(rows):
+            x = model.prepare(part.to(model.mean.device))
+            found.append(torch.stack([*model.loss.terms(x, *model.network(x))]).cpu())
+    return TollTerms(*torch.cat(found, dim=1))
 
 
 def _draw(distances: Tensor, count: int, focus: float, generator: torch.Generator) -> Tensor:

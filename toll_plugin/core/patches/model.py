@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor, nn
 
-from toll_plugin.core.checks import check_integer, check_option
+from toll_plugin.core.checks import check_integer
 from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
 from toll_plugin.core.resize import resize_matrix
+from toll_plugin.core.score import TollScore
 
 __all__ = ["PatchAutoencoder", "enlarge"]
 
@@ -26,7 +25,8 @@ class PatchAutoencoder(nn.Module):
     channels, projected on their leading principal components: :math:`x_p = ((f_p - \mu) / \sigma) V`.
     The network makes :math:`(\hat x_p, z_p)` of them. So loss and score are those of
     :mod:`toll_plugin.core.objective` with a position in the place of a sample:
-    :math:`s_p = \|x_p - \hat x_p\| + \beta\|z_p\|`.
+    :math:`s_p = \|x_p - \hat x_p\| + \beta\|z_p\|`. Both terms can have units of their own and the latent a weight
+    of its own in the score, see :class:`TollScore`.
 
     Args:
         network: Module that returns ``(reconstruction, latent)`` of rows ``(N, K)``, with an
@@ -34,18 +34,20 @@ class PatchAutoencoder(nn.Module):
         loss: The objective.
         score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"``.
         channels: C, at least K. Default K, and nothing is projected.
+        score_weight: Of the latent in the score, at least 0. Default: beta, or the strength if beta is ``"auto"``.
 
     Attributes:
         mean: Subtracted from each channel, shape ``(C,)``; see :meth:`standardise_by`.
         scale: What it is divided by then.
         components: V, shape ``(C, K)``, or ``None`` if nothing is projected; see :meth:`project_on`.
+        score: The :class:`TollScore`, whose units :func:`toll_plugin.core.fit_patches` sets.
 
     Shape:
         Feature maps ``(N, C, H, W)``; scores ``(N, 1, H, W)`` come out.
 
     Raises:
-        TypeError: If ``channels`` is no integer.
-        ValueError: If ``score_term`` is unknown, or ``channels`` below K.
+        TypeError: If ``channels`` is no integer, or ``score_weight`` no number.
+        ValueError: If ``score_term`` is unknown, ``channels`` below K, or ``score_weight`` negative or not finite.
 
     Source:
         arXiv 2306.12627, section 3, applied to positions instead of samples.
@@ -63,11 +65,16 @@ class PatchAutoencoder(nn.Module):
     components: Tensor | None
 
     def __init__(
-        self, network: nn.Module, loss: TollLoss, score_term: ScoreTerm = "total", channels: int | None = None
+        self,
+        network: nn.Module,
+        loss: TollLoss,
+        score_term: ScoreTerm = "total",
+        channels: int | None = None,
+        score_weight: float | None = None,
     ) -> None:
         super().__init__()
-        check_option("score_term", score_term, get_args(ScoreTerm))
-        self.network, self.loss, self.score_term = network, loss, score_term
+        self.network, self.loss = network, loss
+        self.score = TollScore(loss.weight if score_weight is None else score_weight, score_term)
         width = int(network.input_shape[0])  # type: ignore[index]
         channels = width if channels is None else check_integer("channels", channels, minimum=width)
         self.register_buffer("mean", torch.zeros(channels))
@@ -108,7 +115,8 @@ class PatchAutoencoder(nn.Module):
 
     def score_of(self, terms: TollTerms[Tensor]) -> Tensor:
         """Score of each position ``(N, 1, H, W)`` from its terms."""
-        return self.loss.score(terms, self.score_term)[:, None]
+        scores: Tensor = self.score(terms)
+        return scores[:, None]
 
     def forward(self, features: Tensor) -> Tensor:
         """Score of each position."""

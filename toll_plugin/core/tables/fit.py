@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_option
-from toll_plugin.core.objective import ScoreTerm, TollLoss, typical
+from toll_plugin.core.objective import SCORE_WEIGHT, ScoreScale, ScoreTerm, TollLoss, typical
 from toll_plugin.core.rows import Rows
 from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.model import Measure, TableMember, TableModel
@@ -26,7 +26,6 @@ from toll_plugin.core.training.options import TrainingOptions
 __all__ = ["FittedTable", "Metric", "ScoreScale", "TableSplit", "TrainedMember", "fit_table", "hold_out", "rehearse"]
 
 Metric = Literal["mahalanobis", "euclidean"]
-ScoreScale = Literal["median", "none"]
 
 #: Up to this many bytes the scaled training rows are kept; larger tables are scaled batch by batch.
 _KEPT = 1 << 23
@@ -148,7 +147,7 @@ def fit_table(
     *,
     metric: Metric = "mahalanobis",
     score_scale: ScoreScale = "median",
-    score_weight: float = 0.5,
+    score_weight: float = SCORE_WEIGHT,
     score_term: ScoreTerm = "total",
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
