@@ -84,7 +84,7 @@ class TollDetector(CarefulDetector):
         decoder: Module of your own, latents back to ``(N, n_inputs)``.
         batch_norm: Whether a BatchNorm stands before each ReLU. Default True.
         dropout: Share of hidden units dropped in training, in [0, 1). Default 0.
-        n_members: Networks, R and C together. Default 12.
+        n_members: Networks, R and C together. Default 8.
         n_collapsed: C, in [0, ``n_members``]. Default ``None``: half, and one if there is one member. If all
             are, each gives both terms, as in the paper; if none is, there is no latent term.
         preprocessing: ``"robust"`` (default), ``"standard"``, ``"none"`` (raw features), or a scikit-learn
@@ -163,7 +163,7 @@ class TollDetector(CarefulDetector):
         decoder: nn.Module | None = None,
         batch_norm: bool = True,
         dropout: float = 0.0,
-        n_members: int = 12,
+        n_members: int = 8,
         n_collapsed: int | None = None,
         preprocessing: TablePreprocessing | Any = "robust",
         metric: Metric = "mahalanobis",
