@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from toll_plugin.core.modes import evaluating
 from toll_plugin.core.networks import DenseAutoencoder, blocks
-from toll_plugin.core.objective import TollLoss, TollTerms, toll_terms
+from toll_plugin.core.objective import TollLoss, TollTerms, terms_of_residual
 from toll_plugin.core.training.batch_norm import Array, Norm, NormTrace, Weights
 from toll_plugin.core.training.learners import Learner
 from toll_plugin.core.training.optimizers import MakeOptimizer
@@ -245,12 +245,11 @@ class DenseLearner(Learner):
             self.losses.append((slice(start, start + len(list(group))), loss))
         self.optimizer = make([self.ensemble.flat])
 
-    def _terms(self, x: Array, reconstruction: Array, latent: Array) -> TollTerms[Array]:
+    def _terms(self, residual: Array, latent: Array) -> TollTerms[Array]:
         """The terms of all members' samples, ``(M, N)``."""
-        # Views if there is one member, else copies with the samples first.
-        rows = [array.swapaxes(1, 2).reshape(-1, array.shape[1]) for array in (reconstruction, latent)]
-        samples = np.tile(x, (self.members, 1)) if self.members > 1 else x
-        terms = toll_terms(samples, *rows, exponent=self.losses[0][1].exponent)
+        # The samples first, one member after the other, since sums run along contiguous memory.
+        rows = [np.ascontiguousarray(array.swapaxes(1, 2)).reshape(-1, array.shape[1]) for array in (residual, latent)]
+        terms = terms_of_residual(rows[0], rows[1], exponent=self.losses[0][1].exponent)
         return TollTerms(*(term.reshape(self.members, -1) for term in terms))
 
     def _slopes(self, terms: TollTerms[Array]) -> tuple[Array, Array]:
@@ -261,14 +260,14 @@ class DenseLearner(Learner):
     @override
     @torch.no_grad()
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        reconstruction, latent = self.ensemble.run(inputs.numpy())
+        residual, latent = self.ensemble.run(inputs.numpy())
         x: Array = targets.numpy()
-        terms = self._terms(x, reconstruction, latent)
+        residual -= x.T
+        terms = self._terms(residual, latent)
         # Divided by the samples of one member: each has its own weights, so their gradients do not mix.
         a, b = (slope[:, None] / len(x) for slope in self._slopes(terms))
-        reconstruction -= x.T
-        reconstruction *= a
-        self.ensemble.backward(reconstruction, latent * b)
+        residual *= a
+        self.ensemble.backward(residual, latent * b)
         means = [np.add.reduce(term, axis=1) / len(x) for term in terms]
         return torch.from_numpy(np.stack(means))
 
@@ -290,7 +289,8 @@ class DenseLearner(Learner):
     @torch.no_grad()
     def terms(self, inputs: Tensor, targets: Tensor) -> TollTerms[Tensor]:
         with evaluating(self.ensemble):
-            terms = self._terms(targets.numpy(), *self.ensemble.run(inputs.numpy()))
+            reconstruction, latent = self.ensemble.run(inputs.numpy())
+            terms = self._terms(reconstruction - targets.numpy().T, latent)
         return TollTerms(*(torch.from_numpy(term) for term in terms))
 
     @override
