@@ -111,7 +111,8 @@ def test_loss_refuses_a_mask_of_another_length():
         ({"layer": None}, TypeError, "layer must be the dotted path"),
         ({"weight": -1.0}, ValueError, "weight must be finite and >= 0, got -1"),
         ({"weight": math.nan}, ValueError, "weight must be finite"),
-        ({"weight": "1"}, TypeError, "weight must be a real number"),
+        ({"weight": "1"}, TypeError, "weight must be a number of at least 0 or 'auto', got '1'"),
+        ({"strength": -1}, ValueError, "strength must be finite and >= 0, got -1"),
         ({"score_weight": math.inf}, ValueError, "score_weight must be finite"),
         ({"pool": "sum"}, ValueError, "pool must be one of 'flatten', 'mean', 'max', got 'sum'"),
         ({"exponent": 3}, ValueError, "exponent must be one of 1, 2"),
@@ -351,3 +352,29 @@ def test_a_fork_forgets_the_blocks_of_other_threads():
     other.join()
     assert status == 0
     assert eval_frame._stance.stance == "default"
+
+
+def test_auto_is_as_large_as_the_loss_it_joins():
+    latent = torch.tensor([[3.0, 4.0], [0.0, 1.0]], requires_grad=True)  # norms 5 and 1
+    collapse = TargetedCollapse("0", "auto", strength=0.5)
+    loss = torch.tensor(-6.0, requires_grad=True)  # of some hosts it has a sign
+    term = collapse.loss(latent, reference=loss)
+    torch.testing.assert_close(term, torch.tensor(3.0))
+    term.backward()
+    assert loss.grad is None  # the weight is a number
+    torch.testing.assert_close(latent.grad, torch.tensor([[0.6, 0.8], [0.0, 1.0]]) / 2)
+    assert collapse.score_weight == 0.5
+    with pytest.raises(ValueError, match="weight='auto' needs the loss that the term joins, as reference, got None"):
+        collapse.loss(latent)
+    assert repr(collapse).startswith("TargetedCollapse('0', 'auto', strength=0.5, score_weight=0.5")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-6, 1e6, 0.0])
+def test_auto_pulls_as_hard_as_the_host_does(factor):
+    latent = torch.tensor([[3.0, 4.0], [0.0, 1.0]], requires_grad=True)
+    z = latent * 1
+    TargetedCollapse("0", "auto", strength=2.0).pull(z)
+    theirs = factor * torch.tensor([[1.0, 2.0], [2.0, 0.0]])  # of length 3 factor
+    (z * theirs).sum().backward()
+    ours = torch.tensor([[0.6, 0.8], [0.0, 1.0]])  # of length sqrt(2)
+    torch.testing.assert_close(latent.grad, theirs + 2 * 3 * factor / 2**0.5 * ours)

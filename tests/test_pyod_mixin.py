@@ -23,6 +23,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
+from toll_plugin.core import MahalanobisNorm
 from toll_plugin.core.layers import find_layer
 from toll_plugin.pyod import (
     CollapsedAE1SVM,
@@ -90,6 +91,41 @@ class TestEveryHost:
         assert max(norms) > 0
         np.testing.assert_array_equal(theirs, host.decision_function(_seeded(detector), NEW))
 
+    def test_auto_adds_both_in_units_of_the_training_rows(self, kind, host, arguments):
+        detector = self.fit(kind, arguments, collapse_weight="auto")
+        layer = find_layer(detector, detector.collapse_layer)
+
+        def both(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            latents: list[Any] = []
+            handle = layer.register_forward_hook(lambda *call: latents.append(call[-1].double().numpy()))
+            theirs = host.decision_function(_seeded(detector.set_params(collapse_score_weight=0.0)), x)
+            handle.remove()
+            detector.set_params(collapse_score_weight=None)
+            return theirs, np.concatenate(latents)
+
+        (trained, latents), (theirs, new) = both(X), both(NEW)
+        measured = MahalanobisNorm.of([latents])
+        lengths = [np.sqrt(np.square(measured(rows)).sum(axis=1)) for rows in (latents, new)]
+        expected = theirs / np.median(np.abs(trained)) + 0.5 * lengths[1] / np.median(lengths[0])
+        if kind is not CollapsedVAE:  # which draws while it scores, and fit drew other numbers
+            np.testing.assert_allclose(scores(detector), expected, rtol=1e-4)
+        copied = pickle.loads(pickle.dumps(detector))
+        np.testing.assert_array_equal(scores(copied), scores(detector))
+        with pytest.raises(NotFittedError):
+            scores(clone(detector))
+
+    def test_auto_without_strength_leaves_the_hosts_training_alone(self, kind, host, arguments):
+        bare = self.fit(host, arguments)
+        none = self.fit(kind, arguments, collapse_weight="auto", collapse_strength=0, collapse_score_weight=0)
+        np.testing.assert_array_equal(none.decision_scores_, bare.decision_scores_)
+        pulled = self.fit(kind, arguments, collapse_weight="auto", collapse_score_weight=0)
+        assert not np.array_equal(pulled.decision_scores_, bare.decision_scores_)
+
+    def test_units_are_not_measured_on_new_rows(self, kind, host, arguments):  # noqa: ARG002
+        detector = self.fit(kind, arguments, collapse_weight=0.5).set_params(collapse_weight="auto")
+        with pytest.raises(NotFittedError, match="fit again after changing it"):
+            scores(detector)
+
     def test_the_term_collapses_normal_rows(self, kind, host, arguments):  # noqa: ARG002
         many = {"epoch_num": 20, "lr": 0.01} if "epoch_num" in arguments else {"epochs": 20, "learning_rate": 0.01}
         many = arguments | many
@@ -107,6 +143,7 @@ class TestEveryHost:
         parameters = detector.get_params()
         assert parameters.keys() == host(**arguments).get_params().keys() | {
             "collapse_weight",
+            "collapse_strength",
             "collapse_score_weight",
             "collapse_layer",
             "collapse_pool",
@@ -160,7 +197,8 @@ class TestEveryHost:
         ("changes", "error", "message"),
         [
             ({"collapse_weight": -0.1}, ValueError, "^collapse_weight must be finite and >= 0, got -0.1"),
-            ({"collapse_weight": "much"}, TypeError, "^collapse_weight must be a real number"),
+            ({"collapse_weight": "much"}, TypeError, "^collapse_weight must be a number of at least 0 or 'auto'"),
+            ({"collapse_strength": -1}, ValueError, "^collapse_strength must be finite and >= 0, got -1"),
             ({"collapse_score_weight": float("nan")}, ValueError, "^collapse_score_weight must be finite"),
             ({"collapse_pool": "sum"}, ValueError, "^collapse_pool must be one of"),
         ],

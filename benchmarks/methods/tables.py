@@ -96,6 +96,8 @@ class TableDetector(Detector):
             self.model.set_params(collapse_score_weight=0.0)
             host = self._decide(rows)
             self.model.set_params(collapse_score_weight=given)
+            # Under "auto" the host's scores are in another unit within the sum.
+            weight = 0.0 if self.model.collapse.weight == "auto" else weight
             return Scored(scores, {"host": host} | _norms(scores - host, weight))
         return Scored(scores)
 

@@ -94,6 +94,9 @@ class TargetedCollapseMixin(TargetedCollapseBase):
             name: getattr(kind, name) if value is None else value
             for name, value in zip(COLLAPSE_ARGUMENTS, given, strict=True)
         }
+        if chosen["collapse_weight"] == "auto":
+            msg = "collapse_weight must be a number for a model of anomalib, got 'auto'"
+            raise ValueError(msg)
         # Wrong arguments are refused here already, before the host is built, which may download.
         TargetedCollapse(
             chosen["collapse_layer"],

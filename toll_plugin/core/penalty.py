@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from toll_plugin.core.checks import check_finite_float, check_option
 from toll_plugin.core.layers import LayerPass, find_layer, only_pass, watch_layer
-from toll_plugin.core.objective import norm_per_sample
+from toll_plugin.core.objective import SCORE_WEIGHT, Beta, TollTerms, check_beta, norm_per_sample, relative_pressure
 
 __all__ = ["Pool", "TargetedCollapse", "WatchedLatent", "latent_norm"]
 
@@ -79,7 +79,7 @@ class WatchedLatent:
         """The latent of the step, ``(N, ...)``."""
         return self._latent_of(self.passes)
 
-    def loss(self, normal: Tensor | None = None) -> Tensor:
+    def loss(self, normal: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
         """Weighted mean norm of the normal samples; see :meth:`TargetedCollapse.loss`.
 
         Raises:
@@ -87,7 +87,7 @@ class WatchedLatent:
         """
         latent = self.latent
         self._collapse._check_trained(latent)
-        return self._collapse.loss(latent, normal)
+        return self._collapse.loss(latent, normal, reference)
 
     def score(self) -> Tensor:
         """Weighted norm per sample; see :meth:`TargetedCollapse.score`."""
@@ -101,16 +101,18 @@ class TargetedCollapse:
 
     Args:
         layer: Dotted path of the submodule whose output is the latent.
-        weight: ``w`` in the loss, in units of the loss per unit of the latent, at least 0.
-            Default 0.1.
+        weight: ``w`` in the loss, in units of the loss per unit of the latent, at least 0; or ``"auto"``: in each
+            step the weight that :func:`toll_plugin.core.relative_pressure` gives, so that the term is as large as
+            the loss it joins. Default 0.1.
+        strength: Of ``"auto"``: how many times as large. Default 1.
         score_weight: ``w`` in the score, where losses and scores have different units. Default:
-            ``weight``.
+            ``weight``; with ``"auto"`` 0.5, of terms that are :func:`toll_plugin.core.in_units`.
         pool: How a map becomes one norm, see :func:`latent_norm`. Default ``"flatten"``.
         exponent: ``p``, 1 (default, the authors' code) or 2.
         prefix: Of the parameter names in errors, for callers whose parameters have one.
 
     Raises:
-        TypeError: If a weight is no number or ``layer`` no string.
+        TypeError: If a weight is no number, nor ``"auto"``, or ``layer`` no string.
         ValueError: If a weight is negative or not finite, or an option is unknown.
 
     Source:
@@ -132,8 +134,9 @@ class TargetedCollapse:
     def __init__(
         self,
         layer: str,
-        weight: float = 0.1,
+        weight: Beta = 0.1,
         *,
+        strength: float = 1.0,
         score_weight: float | None = None,
         pool: Pool = "flatten",
         exponent: int = 1,
@@ -145,15 +148,17 @@ class TargetedCollapse:
         check_option(f"{prefix}pool", pool, get_args(Pool))
         check_option(f"{prefix}exponent", exponent, (1, 2))
         self.layer = layer
-        self.weight = check_finite_float(f"{prefix}weight", weight, minimum=0)
-        own = weight if score_weight is None else score_weight
+        self.weight = check_beta(f"{prefix}weight", weight)
+        self.strength = check_finite_float(f"{prefix}strength", strength, minimum=0)
+        own = (SCORE_WEIGHT if self.weight == "auto" else self.weight) if score_weight is None else score_weight
         self.score_weight = check_finite_float(f"{prefix}score_weight", own, minimum=0)
         self.pool = pool
         self.exponent = int(exponent)
 
     def __repr__(self) -> str:
+        weight = f"'auto', strength={self.strength:g}" if self.weight == "auto" else f"{self.weight:g}"
         return (
-            f"TargetedCollapse({self.layer!r}, {self.weight:g}, score_weight={self.score_weight:g}, "
+            f"TargetedCollapse({self.layer!r}, {weight}, score_weight={self.score_weight:g}, "
             f"pool={self.pool!r}, exponent={self.exponent})"
         )
 
@@ -165,7 +170,12 @@ class TargetedCollapse:
         """Unweighted norm per sample, see :func:`latent_norm`."""
         return latent_norm(latent, pool=self.pool, exponent=self.exponent)
 
-    def loss(self, latent: Tensor, normal: Tensor | None = None) -> Tensor:
+    @property
+    def is_off(self) -> bool:
+        """Whether the loss stays as it is."""
+        return self.weight == 0 or (self.weight == "auto" and self.strength == 0)
+
+    def loss(self, latent: Tensor, normal: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
         r"""Weighted mean norm, :math:`w \cdot \mathrm{mean}_i \|z_i\|^p`, a scalar to add to a mean loss.
 
         Args:
@@ -173,13 +183,25 @@ class TargetedCollapse:
             normal: Which samples count, booleans ``(N,)``: the method must not pull anomalies,
                 synthetic ones neither, to the centre. Default: all. Where none does, the result
                 is zero.
+            reference: The loss that the term joins, a scalar; needed by ``"auto"``, which takes its size.
 
         Raises:
-            ValueError: If ``normal`` does not have one entry per sample.
+            ValueError: If ``normal`` does not have one entry per sample, or ``reference`` is missing.
         """
+        mean = self._mean_norm(latent, normal)
+        if self.weight != "auto":
+            return self.weight * mean
+        if reference is None:
+            msg = "weight='auto' needs the loss that the term joins, as reference, got None"
+            raise ValueError(msg)
+        weight: Tensor = relative_pressure(TollTerms(reference.detach().abs(), mean), self.strength)
+        return weight * mean
+
+    def _mean_norm(self, latent: Tensor, normal: Tensor | None) -> Tensor:
+        """Mean norm of the samples that count."""
         if normal is None:
             norms = self.norms(latent)
-            return self.weight * (norms.mean() if len(norms) else norms.sum())
+            return norms.mean() if len(norms) else norms.sum()
         if normal.shape != latent.shape[:1]:
             msg = f"normal must have shape {tuple(latent.shape[:1])}, one entry per sample, got {tuple(normal.shape)}"
             raise ValueError(msg)
@@ -187,7 +209,7 @@ class TargetedCollapse:
         # Zeroed before the norm, so that an anomaly that overflows spoils no gradient; to select samples by a mask
         # would wait for the device.
         kept = torch.where(counts.view(-1, *[1] * (latent.ndim - 1)), latent, 0)
-        return self.weight * self.norms(kept).sum() / counts.sum().clamp_min(1)
+        return self.norms(kept).sum() / counts.sum().clamp_min(1)
 
     def score(self, latent: Tensor) -> Tensor:
         """Weighted norm per sample, ``(N,)``, to add to a score."""
@@ -197,7 +219,8 @@ class TargetedCollapse:
         """Let the next backward pass through ``latent`` also follow the gradient of :meth:`loss`.
 
         For training loops that keep their loss to themselves: the weights move as if the term
-        had been added to a loss that reaches ``latent``.
+        had been added to a loss that reaches ``latent``. The size of such a loss is not known, so ``"auto"``
+        makes the gradient that is added as long as the one that is there, times ``strength``.
 
         Raises:
             RuntimeError: If nothing that is trained makes the latent.
@@ -205,11 +228,15 @@ class TargetedCollapse:
         self._check_trained(latent)
         with torch.enable_grad():
             leaf = latent.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.loss(leaf), leaf)
+            (slope,) = torch.autograd.grad(self._mean_norm(leaf, None), leaf)
 
         def add(gradient: Tensor) -> Tensor:
             handle.remove()
-            return gradient + slope
+            if self.weight != "auto":
+                return gradient + self.weight * slope
+            lengths = TollTerms(*(torch.linalg.vector_norm(g) for g in (gradient, slope)))
+            weight: Tensor = relative_pressure(lengths, self.strength)
+            return gradient + weight * slope
 
         handle: RemovableHandle = latent.register_hook(add)  # type: ignore[no-untyped-call]
 

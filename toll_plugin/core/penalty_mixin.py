@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from toll_plugin.core.checks import check_finite_float
 from toll_plugin.core.layers import LayerPass, only_pass
+from toll_plugin.core.objective import Beta, check_beta
 from toll_plugin.core.penalty import Pool, TargetedCollapse
 
 __all__ = ["COLLAPSE_ARGUMENTS", "TargetedCollapseBase"]
@@ -24,7 +24,8 @@ class TargetedCollapseBase:
     """
 
     collapse_layer: str = ""
-    collapse_weight: float = 0.1
+    collapse_weight: Beta = 0.1
+    collapse_strength: float = 1.0
     collapse_score_weight: float | None = None
     collapse_pool: Pool = "flatten"
 
@@ -37,12 +38,13 @@ class TargetedCollapseBase:
             ValueError: If a weight is negative or not finite, or the pool is unknown.
         """
         score_weight = self.collapse_score_weight
-        if score_weight is None:
-            weight = check_finite_float("collapse_weight", self.collapse_weight, minimum=0)
+        weight = check_beta("collapse_weight", self.collapse_weight)
+        if score_weight is None and weight != "auto":
             score_weight = weight * self.collapse_score_factor()
         return TargetedCollapse(
             self.collapse_layer,
             self.collapse_weight,
+            strength=self.collapse_strength,
             score_weight=score_weight,
             pool=self.collapse_pool,
             prefix="collapse_",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from toll_plugin.core.layers import LayerPass, find_layer, only_pass, watch_layer
+from toll_plugin.core.objective import TollTerms, toll_score, typical
 from toll_plugin.core.penalty import TargetedCollapse, WatchedLatent
 from toll_plugin.core.penalty_mixin import COLLAPSE_ARGUMENTS, TargetedCollapseBase
+from toll_plugin.core.tables.metric import MahalanobisNorm
+from toll_plugin.core.tables.model import Measure
 
 __all__ = ["TargetedCollapseMixin"]
+
+_ARGUMENTS = (*COLLAPSE_ARGUMENTS, "collapse_strength")
 
 
 class TargetedCollapseMixin(TargetedCollapseBase):
@@ -39,9 +44,14 @@ class TargetedCollapseMixin(TargetedCollapseBase):
     Args:
         *args: Arguments of the host.
         collapse_weight: ``w`` in the loss, in units of the host's loss per unit of the latent, at
-            least 0. Default: the class attribute of the same name, 0.1.
+            least 0; or ``"auto"``, which keeps the term as large as the host's loss in every step (where the loss
+            is out of reach, its gradient at the latent as long as the host's). Then the host's score and the norm of
+            the latent, here its distance under the covariance of the training rows' latents, are each divided
+            by their median size on the training rows before they are added, as in :class:`TollDetector`.
+            Default: the class attribute of the same name, 0.1.
+        collapse_strength: With ``"auto"``, how many times as large. Default 1.
         collapse_score_weight: ``w`` in the score, in units of the host's score. Default ``None``,
-            the weight of the loss.
+            the weight of the loss; with ``"auto"`` 0.5.
         collapse_layer: Dotted path, from the detector, of the module whose output is the latent;
             one call of it per step. Default: the class attribute.
         collapse_pool: How maps become one norm, see :func:`toll_plugin.core.latent_norm`; vectors
@@ -68,6 +78,8 @@ class TargetedCollapseMixin(TargetedCollapseBase):
     """
 
     collapse_network: ClassVar[str] = ""
+    _collapse_units: _Units | None = None
+    _collapse_measures: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give a class without a constructor of its own one whose signature PyOD and scikit-learn can read."""
@@ -87,7 +99,7 @@ class TargetedCollapseMixin(TargetedCollapseBase):
                 f"collapse_network is for hosts with a fit of their own, not for {type(self).__name__}: leave it empty"
             )
             raise TypeError(msg)
-        chosen = {name: kwargs.pop(name, getattr(type(self), name)) for name in COLLAPSE_ARGUMENTS}
+        chosen = {name: kwargs.pop(name, getattr(type(self), name)) for name in _ARGUMENTS}
         super().__init__(*args, **kwargs)
         for name, value in chosen.items():
             setattr(self, name, value)
@@ -98,7 +110,7 @@ class TargetedCollapseMixin(TargetedCollapseBase):
     def training_forward(self, batch_data: Any) -> Any:
         """The host's step, with the term in its criterion."""
         host: Any = super()
-        if self.collapse.weight == 0:
+        if self.collapse.is_off:
             return host.training_forward(batch_data)
         me: Any = self
         criterion, calls = me.criterion, 0
@@ -109,7 +121,8 @@ class TargetedCollapseMixin(TargetedCollapseBase):
             calls += 1
             if calls > 1:
                 raise RuntimeError(uses.format("more than once"))
-            return criterion(*args, **kwargs) + latent.loss()
+            loss = criterion(*args, **kwargs)
+            return loss + latent.loss(reference=loss)
 
         with self._watching(batch_data) as latent:
             me.criterion = with_term
@@ -124,7 +137,7 @@ class TargetedCollapseMixin(TargetedCollapseBase):
     def evaluating_forward(self, batch_data: Any) -> Any:
         """The host's scores of a batch, with the term."""
         host: Any = super()
-        if self.collapse.score_weight == 0:
+        if self.collapse.score_weight == 0 or self.collapse.weight == "auto":
             return host.evaluating_forward(batch_data)
         with self._watching(batch_data) as latent:
             scores = host.evaluating_forward(batch_data)
@@ -138,15 +151,21 @@ class TargetedCollapseMixin(TargetedCollapseBase):
     def fit(self, X: Any, y: Any = None, **kwargs: Any) -> Any:  # noqa: N803
         """The host's ``fit``, with the term."""
         host: Any = super()
-        if not type(self).collapse_network or self.collapse.weight == 0:
-            return host.fit(X, y, **kwargs)
-        self._gradient_term: _GradientTerm = _GradientTerm(self, self.collapse)
+        collapse = self.collapse
+        hidden = bool(type(self).collapse_network) and not collapse.is_off
+        self._collapse_units = None
+        self._collapse_measures = True
         try:
+            if not hidden:
+                return host.fit(X, y, **kwargs)
+            self._gradient_term: _GradientTerm = _GradientTerm(self, collapse)
             fitted = host.fit(X, y, **kwargs)
             self._gradient_term.check_used()
         finally:
-            self._gradient_term.detach()
-            del self._gradient_term
+            del self._collapse_measures
+            if hidden:
+                self._gradient_term.detach()
+                del self._gradient_term
         return fitted
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -166,19 +185,49 @@ class TargetedCollapseMixin(TargetedCollapseBase):
         if getattr(self, network or "feature_size", None) is None:
             msg = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' before using it"
             raise NotFittedError(msg)
-        if not network:
+        if not network and collapse.weight != "auto":
             return host.decision_function(X, *args, **kwargs)
         with watch_layer(self, collapse.layer) as passes:
             scores = host.decision_function(X, *args, **kwargs)
-        terms = [collapse.score(only_pass([one])).detach().cpu().numpy() for one in passes]
-        rows = sum(map(len, terms))
+        latents = [only_pass([one]).detach() for one in passes]
+        rows = sum(map(len, latents))
         if rows != len(scores):
             msg = (
                 f"{type(self).__name__} called layer {collapse.layer!r} for {rows} rows while it scored {len(scores)}: "
                 "name another collapse_layer, or set collapse_score_weight to 0"
             )
             raise RuntimeError(msg)
-        return scores + np.concatenate(terms)
+        if collapse.weight != "auto":
+            return scores + np.concatenate([collapse.score(latent).cpu().numpy() for latent in latents])
+        vectors = np.concatenate([latent.flatten(1).cpu().double().numpy() for latent in latents])
+        if self._collapse_measures:  # fit scores the training rows
+            self._collapse_units = _Units.of(scores, vectors)
+        if self._collapse_units is None:
+            msg = "collapse_weight='auto' needs units that fit measures: fit again after changing it"
+            raise NotFittedError(msg)
+        return toll_score(self._collapse_units.terms(scores, vectors), beta=collapse.score_weight)
+
+
+class _Units(NamedTuple):
+    """What brings the host's scores and the latents to units of their own.
+
+    Attributes:
+        score: Median size of the host's scores, which may have a sign, on the training rows.
+        latent: How latents are measured.
+    """
+
+    score: float
+    latent: Measure
+
+    @classmethod
+    def of(cls, scores: Any, vectors: Any) -> _Units:
+        """From what the training rows have, scores ``(N,)`` and latents ``(N, latent_dim)``."""
+        measure = Measure(MahalanobisNorm.of([vectors]))
+        return cls(typical(np.abs(scores)), measure._replace(unit=typical(measure.term(vectors, 1))))
+
+    def terms(self, scores: Any, vectors: Any) -> TollTerms[Any]:
+        """The host's scores and the latents' norms, each in its unit."""
+        return TollTerms(scores / self.score, self.latent.term(vectors, 1))
 
 
 class _GradientTerm:
@@ -246,7 +295,7 @@ def _generated_constructor(kind: type[TargetedCollapseMixin]) -> Any:
     host: Any = super(TargetedCollapseMixin, kind)
     theirs = inspect.signature(host.__init__)
     keyword = inspect.Parameter.KEYWORD_ONLY
-    ours = [inspect.Parameter(name, keyword, default=getattr(kind, name)) for name in COLLAPSE_ARGUMENTS]
+    ours = [inspect.Parameter(name, keyword, default=getattr(kind, name)) for name in _ARGUMENTS]
     constructor: Any = __init__
     constructor.is_generated = True
     constructor.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), *ours])
