@@ -144,7 +144,10 @@ def _members(rows: int, epochs: int, repeats: int) -> list[Row]:
 
     found = []
     for features, hidden, latent, batch in ((20, (64,), 32, 32), (274, (256, 128), 16, 100)):
-        x, settings = _rows(rows, features), PLAIN | {"n_members": 10, "batch_size": batch, "epochs": epochs}
+        x, settings = (
+            _rows(rows, features),
+            PLAIN | {"n_members": 10, "n_collapsed": 10, "batch_size": batch, "epochs": epochs},
+        )
         ten = TollDetector(hidden_sizes=hidden, latent_dim=latent, **settings)
         what = f"ten members, {'-'.join(map(str, (features, *hidden, latent)))}, batch {batch}"
         fits = (partial(_plain_loop, x, hidden, latent, batch, epochs), partial(ten.fit, x))
@@ -190,7 +193,7 @@ def _share_of_the_data(whom: str, rows: int) -> float:
         if whom == "toll":
             from toll_plugin.pyod import TollDetector
 
-            return TollDetector(max_steps=300)
+            return TollDetector()
         from pyod.models.auto_encoder import AutoEncoder
 
         return AutoEncoder(epoch_num=1, batch_size=8192, verbose=0)
