@@ -57,6 +57,11 @@ def _markdown(group: Group, runs: list[Run]) -> str:
     head, gaps = tables.gaps(runs)
     if gaps:
         frame.insert(frame.columns.get_loc("AUROC") + 1, head, frame.index.map(gaps).fillna(""))
+    if runs[0]["configuration"]["kind"] == "table" and "AP" in frame and by_part.shape[1] > 1:
+        ranks, (_, gaps) = comparison.ranks(runs, "average_precision"), tables.gaps(runs, "average_precision")
+        frame.insert(frame.columns.get_loc("AP"), "rank in AP", frame.index.map(lambda label: f"{ranks[label]:.2f}"))
+        if gaps:
+            frame.insert(frame.columns.get_loc("AP") + 1, f"AP {head}", frame.index.map(gaps).fillna(""))
     if len(set(frame["runs"])) == 1:  # said by the heading
         frame = frame.drop(columns="runs")
     if by_part.shape[1] == 1:  # the mean is the part's own, and the order its rank

@@ -144,13 +144,27 @@ def published(group: Group, runs: Sequence[Run]) -> tuple[dict[str, Cell], list[
     return {label: Cell(texts.get(key, "")) for label, key in here.items()}, [remark] if rest else []
 
 
-def gaps(runs: Sequence[Run]) -> tuple[str, dict[str, str]]:
-    """Head and cells of a column of differences to the first Toll; no cells where each has a single pair."""
+def gaps(runs: Sequence[Run], metric: str = "auroc") -> tuple[str, dict[str, str]]:
+    """Head and cells of a column of paired differences; no cells where each has a single pair.
+
+    They are differences to the first Toll, or, where there is none, of ``NAME, variant`` to ``NAME``.
+    """
     toll = comparison.first_toll(runs)
-    found = comparison.differences(runs, toll) if toll else []
+    if toll:
+        head, found = f"minus {toll}", comparison.differences(runs, toll, metric)
+    else:
+        labels = {run["configuration"]["label"] for run in runs}
+        bases = sorted({base for label in labels if (base := label.partition(", ")[0]) in labels - {label}})
+        head = "minus the one without"
+        found = [
+            one
+            for base in bases
+            for one in comparison.differences(runs, base, metric)
+            if one.label.startswith(f"{base}, ")
+        ]
     if all(one.pairs == 1 for one in found):
-        return f"minus {toll}", {}
-    return f"minus {toll}", {one.label: _difference(one) + f" ({_p(one)})" * (one.p is not None) for one in found}
+        return head, {}
+    return head, {one.label: _difference(one) + f" ({_p(one)})" * (one.p is not None) for one in found}
 
 
 def _difference(one: Difference) -> str:
