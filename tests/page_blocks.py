@@ -52,6 +52,16 @@ SMALL = {
     f"{_BENCHMARKS}run bottleneck": _IMAGES,
     f"{_BENCHMARKS}run selfsupervised": _small("{digits: {parts: [8]}}", "Rotations"),
     f"{_BENCHMARKS}run images": _small("{mnist: {parts: [3]}}", "Toll, KNN"),
+    f"{_BENCHMARKS}run search": _small(
+        "{odds: {root: ODDS, parts: [small]}}",
+        "{TollDetector: {max_steps: 20}}, {TollDetector: {beta: 0.0, max_steps: 20}}",
+    ),
+    f"{_BENCHMARKS}run collapsed": _small(
+        "{odds: {root: ODDS, parts: [small]}}", "{CollapsedAutoEncoder: {collapse_weight: auto, epoch_num: 1}}"
+    ),
+    f"{_BENCHMARKS}run dimensions": _small(
+        "{gaussian: {parts: [16], rows: 50}}", "{TollDetector: {max_steps: 20}}, KNN"
+    ),
     f"{_BENCHMARKS}run tables --jobs": _small(
         "{odds: {root: ODDS, parts: [small]}}", "{TollDetector: {max_steps: 50}}, KNN"
     ),
