@@ -648,6 +648,8 @@ def test_members_are_averaged():
 )
 def test_members_that_reconstruct_and_members_that_collapse(members, collapsed, gives):
     model = make(n_members=members, n_collapsed=collapsed).fit(X)._model
+    with pytest.raises(ValueError, match="score_term='latent' needs members that collapse, got n_collapsed=0"):
+        make(n_collapsed=0, score_term="latent").fit(X)
     kinds = {(True, True): "b", (True, False): "r", (False, True): "l"}
     assert [kinds[m.residual is not None, m.latent is not None] for m in model.members] == list(gives)
 

@@ -254,6 +254,34 @@ def test_markdown_leaves_out_what_the_heading_says():
     assert r"| B\|x " in text
 
 
+def test_tables_have_ranks_and_differences_in_average_precision():
+    runs = []
+    for label, values in {"Toll": (0.9, 0.7), "Other": (0.8, 0.8)}.items():
+        for part, value in enumerate(values):
+            runs.append(run(label, str(part), kind="table"))
+            runs[-1]["metrics"] = {"auroc": 0.9, "average_precision": value, "f1": 0.5}
+    head, _, *rows = map(cells, markdown_table(runs).splitlines()[2:6])
+    at = head.index("rank in AP")
+    assert head[at : at + 3] == ["rank in AP", "AP", "AP minus Toll"]
+    assert {row[0]: row[at : at + 3] for row in rows} == {
+        "Toll": ["1.50", "**0.800**", ""],
+        "Other": ["1.50", "**0.800**", "+0.0000 ± 0.1000"],
+    }
+
+
+def test_variants_are_compared_with_what_they_vary_where_there_is_no_toll():
+    values = {"A": (0.5, 0.6), "A, more": (0.7, 0.7), "B": (0.9, 0.9), "B, more": (0.8, 0.8)}
+    text = markdown_table(block_runs(values))
+    head, _, *rows = map(cells, text.splitlines()[2:8])
+    at = head.index("minus the one without")
+    assert {row[0]: row[at] for row in rows} == {
+        "A": "",
+        "A, more": "+0.1500 ± 0.0500",
+        "B": "",
+        "B, more": "-0.1000 ± 0.0000",
+    }
+
+
 def test_differences_are_tested_on_enough_parts():
     values = {"Toll": np.linspace(0.6, 0.7, 6), "A": np.linspace(0.7, 0.9, 6)}
     assert "(p = 0.031)" in markdown_table(block_runs(values))

@@ -82,11 +82,12 @@ def contaminated_line() -> str:
     toll, twin = str(comparison.first_toll(runs)), f"{comparison.first_toll(runs)} (beta=0)"
     auroc, precision = (comparison.means(runs, metric).mean() for metric in ("auroc", "average_precision"))
     ranks = comparison.ranks(runs)
+    count = len(comparison.means(runs))
     return (
-        f"The rows may hold anomalies: `fit` on all rows is what most users do. On {len(comparison.means(runs))} tables "
-        f"that the defaults were not chosen by, trained so, the mean AUROC is {auroc[toll]:.3f} and the mean average "
-        f"precision {precision[toll]:.3f} ({auroc[twin]:.3f} and {precision[twin]:.3f} without the latent term in "
-        f"training), mean rank {ranks[toll]:.1f} of {len(ranks)} detectors."
+        f"The rows may hold anomalies: `fit` on all rows is what most users do. Trained so on {count} tables that the "
+        f"defaults were not chosen by, the mean AUROC is {auroc[toll]:.3f} and the mean average precision "
+        f"{precision[toll]:.3f} ({auroc[twin]:.3f} and {precision[twin]:.3f} without the pressure on latents), the "
+        f"mean rank {ranks[toll]:.1f} of {len(ranks)} detectors."
     )
 
 

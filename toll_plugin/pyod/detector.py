@@ -285,7 +285,7 @@ class TollDetector(CarefulDetector):
         """The rows to train on, and the parameters that no later step looks at."""
         table = check_table(self, x, reset=reset, minimum=2)
         self._thresholder = check_contamination(self.contamination)
-        check_integer("n_members", self.n_members, minimum=1)
+        self._collapsed()
         check_option("score_term", self.score_term, get_args(ScoreTerm))
         check_option("score_scale", self.score_scale, get_args(ScoreScale))
         check_option("verbose", self.verbose, (0, 1, 2))
@@ -338,21 +338,27 @@ class TollDetector(CarefulDetector):
 
     def _members(self, networks: Sequence[nn.Module]) -> list[TrainedMember]:
         """The networks with their losses: those that only reconstruct come first."""
-        loss = self._loss()
-        if self.n_collapsed is None:
-            collapsed = max(1, len(networks) // 2)
-        else:
-            collapsed = check_integer("n_collapsed", self.n_collapsed, minimum=0)
-        plain = len(networks) - collapsed
-        if plain < 0:
-            msg = f"n_collapsed must be at most n_members, {len(networks)}, got {self.n_collapsed}"
-            raise ValueError(msg)
+        loss, plain = self._loss(), len(networks) - self._collapsed()
         if plain == 0:
             return [TrainedMember(network, loss) for network in networks]
         without = TollLoss(0.0, exponent=self.exponent)
         return [TrainedMember(network, without, "reconstruction") for network in networks[:plain]] + [
             TrainedMember(network, loss, "latent") for network in networks[plain:]
         ]
+
+    def _collapsed(self) -> int:
+        """How many members are trained with the latent term."""
+        members = check_integer("n_members", self.n_members, minimum=1)
+        if self.n_collapsed is None:
+            return max(1, members // 2)
+        collapsed = check_integer("n_collapsed", self.n_collapsed, minimum=0)
+        if collapsed > members:
+            msg = f"n_collapsed must be at most n_members, {members}, got {self.n_collapsed}"
+            raise ValueError(msg)
+        if collapsed == 0 and self.score_term == "latent":
+            msg = "score_term='latent' needs members that collapse, got n_collapsed=0"
+            raise ValueError(msg)
+        return collapsed
 
     def _loss(self) -> TollLoss:
         return TollLoss(self.beta, strength=self.strength, exponent=self.exponent)

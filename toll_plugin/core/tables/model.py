@@ -134,11 +134,10 @@ class TableModel:
             else ModuleAutoencoder(member.network)
             for member in self.members
         ]
-        needed = {"total": ("residual",), "reconstruction": ("residual",), "latent": ("latent",)}[score_term]
-        for name in needed:
-            if all(getattr(member, name) is None for member in self.members):
-                msg = f"score_term={score_term!r} needs a member that measures its {name}, got none"
-                raise ValueError(msg)
+        needed = "latent" if score_term == "latent" else "residual"
+        if all(getattr(member, needed) is None for member in self.members):
+            msg = f"score_term={score_term!r} needs a member that measures its {needed}, got none"
+            raise ValueError(msg)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is computed from the networks is left out of pickles, so that they name no module that may move.
