@@ -57,8 +57,9 @@ class TollDetector(CarefulDetector):
     distances under the covariance of training rows (``metric``), and each is divided by its median on training
     rows, e and l (``score_scale``), so both terms are near 1 on normal rows and w needs no tuning.
 
-    The latent term earns its place where anomalies are among the training rows, as they are when PyOD's users
-    call ``fit`` on all rows: what it adds there and elsewhere is on the tables' page of the benchmarks.
+    The latent term is for anomalies among the training rows, as there are when ``fit`` is called on all rows. It
+    adds a good deal on some such tables and little on others, and nothing where all training rows are normal:
+    benchmarks/results/tables.md has the numbers. Compare with ``beta=0`` on your own data.
 
     Scores are computed in double precision and do not depend, to the last bit, on which rows are
     scored together. What the paper does is ``n_members=1, beta=10.0, score_scale="none", metric="euclidean"``, with one
