@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -21,6 +22,14 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  the hosts draw from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """Benchmarks that run in this process switch warnings off, which other tests look for."""
+    disabled = logging.root.manager.disable
+    yield
+    logging.disable(disabled)
 
 
 @pytest.fixture(autouse=True)

@@ -59,9 +59,6 @@ SMALL = {
     f"{_BENCHMARKS}run collapsed": _small(
         "{odds: {root: ODDS, parts: [small]}}", "{CollapsedAutoEncoder: {collapse_weight: auto, epoch_num: 1}}"
     ),
-    f"{_BENCHMARKS}run dimensions": _small(
-        "{gaussian: {parts: [16], rows: 50}}", "{TollDetector: {max_steps: 20}}, KNN"
-    ),
     f"{_BENCHMARKS}run tables --jobs": _small(
         "{odds: {root: ODDS, parts: [small]}}", "{TollDetector: {max_steps: 50}}, KNN"
     ),

@@ -43,6 +43,7 @@ class MahalanobisNorm(NamedTuple):
         matrix: The whole product, shape ``(n, n)``; of no rows where it is not kept.
 
     Example:
+        >>> import numpy as np
         >>> norm = MahalanobisNorm.of([np.array([[1.0, 10.0], [1.0, -10.0], [-1.0, 10.0], [-1.0, -10.0]])])
         >>> (1.1**0.5 * norm.matrix).round(6)  # one over the deviations; 1.1 is one and the ridge
         array([[1. , 0. ],
