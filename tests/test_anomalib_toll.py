@@ -33,23 +33,8 @@ class TestContract(AnomalibModelContract):
     arguments = {"image_size": (24, 32), "latent_dim": 8, "beta": 0.1}  # noqa: RUF012
 
 
-class TestContractInUnits(AnomalibModelContract):
-    """The same with a weight that follows the reconstruction, and a score whose terms are in units of their own."""
-
-    name = "Toll"
-    validation_logs = VALIDATION_LOGS
-    arguments = {  # noqa: RUF012
-        "image_size": (24, 32),
-        "latent_dim": 8,
-        "beta": "auto",
-        "strength": 0.5,
-        "score_scale": "median",
-        "score_weight": 0.3,
-    }
-
-
 class TestContractPaperNetwork(AnomalibModelContract):
-    """The same with the authors' network for grey images and the authors' scaling."""
+    """The authors' network and scaling for grey images, with a score whose terms are in units of their own."""
 
     name = "Toll"
     validation_logs = VALIDATION_LOGS
@@ -58,7 +43,10 @@ class TestContractPaperNetwork(AnomalibModelContract):
         "in_channels": 1,
         "network": "paper28",
         "latent_dim": 8,
-        "beta": 1000.0,
+        "beta": "auto",
+        "strength": 0.5,
+        "score_scale": "median",
+        "score_weight": 0.3,
         "scaling": "paper_mnist",
     }
 
