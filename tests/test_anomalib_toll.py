@@ -268,16 +268,28 @@ def test_val_loss_is_that_of_the_normal_images(tmp_path):
     assert float(logged["val_loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_training_equals_a_plain_torch_loop(tmp_path):
-    model, twin, data = _toll(beta=0.5, lr=0.01), _toll(beta=0.5, lr=0.01).model.network, _digits()
+@pytest.mark.parametrize(
+    ("arguments", "weight"),
+    [
+        ({"beta": 0.5}, lambda *_: 0.5),
+        (
+            {"beta": "auto", "strength": 0.5, "score_weight": 0.0},
+            lambda residual, norm: 0.5 * residual.item() / norm.item(),
+        ),
+    ],
+    ids=["number", "auto"],
+)
+def test_training_equals_a_plain_torch_loop(tmp_path, arguments, weight):
+    model, twin, data = _toll(**arguments, lr=0.01), _toll(**arguments, lr=0.01).model.network, _digits()
     _fit(model, tmp_path, data, max_epochs=1)
     optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
     twin.train()
     for batch in data.train_dataloader():
         x = batch.image.as_subclass(torch.Tensor)[:, :1]
         x_hat, z = twin(x)
+        residual, norm = (x - x_hat).flatten(1).norm(dim=1).mean(), z.norm(dim=1).mean()
         optimizer.zero_grad()
-        ((x - x_hat).flatten(1).norm(dim=1) + 0.5 * z.norm(dim=1)).mean().backward()
+        (residual + weight(residual, norm) * norm).backward()
         optimizer.step()
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(model.model.network.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -586,23 +598,6 @@ def test_auto_trains_and_its_held_out_loss_is_twice_the_reconstruction(tmp_path)
     terms = [_terms(model, data.val_data) for model in (auto, plain)]
     pressed, free = (float((latent / residual).mean()) for residual, latent in terms)
     assert pressed < free
-
-
-def test_auto_equals_a_plain_torch_loop(tmp_path):
-    arguments = {"beta": "auto", "strength": 0.5, "score_weight": 0.0, "lr": 0.01}
-    model, twin, data = _toll(**arguments), _toll(**arguments).model.network, _digits()
-    _fit(model, tmp_path, data, max_epochs=1)
-    optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
-    twin.train()
-    for batch in data.train_dataloader():
-        x = batch.image.as_subclass(torch.Tensor)[:, :1]
-        x_hat, z = twin(x)
-        residual, norm = (x - x_hat).flatten(1).norm(dim=1).mean(), z.norm(dim=1).mean()
-        optimizer.zero_grad()
-        (residual + 0.5 * residual.item() / norm.item() * norm).backward()
-        optimizer.step()
-    for name, value in twin.state_dict().items():
-        torch.testing.assert_close(model.model.network.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("scale", ["none", "median"])
