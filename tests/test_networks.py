@@ -27,6 +27,8 @@ NETWORKS = [
     ),
     pytest.param(lambda: Paper28Autoencoder(7), (1, 28, 28), 7, id="paper28"),
     pytest.param(lambda: Paper32Autoencoder(7), (3, 32, 32), 7, id="paper32"),
+    pytest.param(lambda: Paper28Autoencoder(7, width=0.1), (1, 28, 28), 7, id="narrow paper28"),
+    pytest.param(lambda: Paper32Autoencoder(7, width=0.1), (3, 32, 32), 7, id="narrow paper32"),
     pytest.param(lambda: DenseAutoencoder(9, (8, 4), 3), (9,), 3, id="dense"),
     pytest.param(
         lambda: Autoencoder(
@@ -147,6 +149,41 @@ def test_paper32_is_the_authors_network():
     bias = network.decoder[-1].bias
     assert bias.shape == (3, 32, 32)
     assert not bias.any()
+
+
+def test_a_narrow_paper28_by_hand():
+    network = Paper28Autoencoder(5, width=0.03)  # 1.92, 3.84, 7.68, 15.36 and 1.92 channels
+    assert [layer[:3] for layer in _layers(network.encoder)] == [
+        ("Conv2d", 1, 2),
+        ("Conv2d", 2, 4),
+        ("Conv2d", 4, 8),
+        ("Conv2d", 8, 15),
+        ("Conv2d", 15, 2),
+        ("Linear", 2 * 4 * 4, 5),
+    ]
+    assert [layer[1:3] for layer in _layers(network.decoder)] == [(5, 32), (2, 15), (15, 8), (8, 4), (4, 2), (2, 1)]
+
+
+def test_a_narrow_paper32_by_hand():
+    network = Paper32Autoencoder(5, width=0.01)  # 0.32, 0.64, 1.28, 2.56, 5.12 channels
+    encoder, decoder = ([layer[1:3] for layer in _layers(part)] for part in (network.encoder, network.decoder))
+    assert encoder == [(3, 1), (1, 1), (1, 1), (1, 3), (3, 5), (5, 5), (5, 5)]
+    assert decoder == [(5, 3), (3, 1), (1, 1), (1, 1), (1, 1), (1, 1), (1, 3)]
+
+
+@pytest.mark.parametrize("build", [Paper28Autoencoder, Paper32Autoencoder])
+def test_a_width_of_one_changes_no_weight_and_others_are_checked(build):
+    states = []
+    for arguments in ({}, {"width": 1.0}):
+        torch.manual_seed(0)
+        states.append(build(3, **arguments).state_dict())
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for width in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="width must be finite and > 0"):
+            build(width=width)
+    with pytest.raises(TypeError, match="width must be a real number, got '1'"):
+        build(width="1")
 
 
 def test_dense_default_is_the_authors_network():

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from image_files import write_arrhythmia, write_cifar, write_mnist
-from torch import nn
 
+from benchmarks.__main__ import main
 from benchmarks.run.jobs import as_they_finish, run_missing
 from benchmarks.run.metrics import f1_at_known_rate, splice
 from benchmarks.run.store import Runs
 from benchmarks.studies import parts as studied
 from benchmarks.studies import protocol, training
-from benchmarks.studies.paper import _same, load, paper, parse_classes
+from benchmarks.studies.paper import _same, _with_twin, load, paper, parse_classes
 from benchmarks.studies.paper_table import make_table
 from benchmarks.studies.stopping import RULES, judge, stopping
 from toll_plugin.core import DenseAutoencoder, Paper32Autoencoder
@@ -210,6 +212,7 @@ def test_classes_are_lists_and_ranges():
         ({"beta": -1.0}, "beta must be finite and >= 0"),
         ({"lr": 0.0}, "lr must be finite and > 0"),
         ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"width": 0.0}, "width must be finite and > 0, got 0.0"),
         ({"device": "gpu"}, "device must be auto or one that torch can use here, got 'gpu'"),
         ({"jobs": 0}, "jobs must not be 0"),
         ({"classes": "20"}, "classes must be like 0-9"),
@@ -267,12 +270,25 @@ def test_names_of_kept_runs_have_not_changed(tmp_path, monkeypatch):
     for study in ("paper", "stopping"):
         monkeypatch.setattr(f"benchmarks.studies.{study}.run_missing", only_names)
     monkeypatch.setattr("benchmarks.studies.paper.load", lambda *_: ({}, "0" * 16))
+    monkeypatch.setattr("benchmarks.studies.paper.download_image_set", lambda *_: None)
+    for arguments in ({"twin": False}, {}, {"width": 1.0}, {"width": 0.25, "twin": False}, {"beta": 0.0}):
+        with pytest.raises(KeyboardInterrupt):
+            paper("arrhythmia", root=tmp_path, seeds=1, runs=tmp_path, **arguments)
     with pytest.raises(KeyboardInterrupt):
-        paper("arrhythmia", root=tmp_path, seeds=1, runs=tmp_path)
+        paper("mnist", root=tmp_path, classes=3, seeds=1, runs=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         stopping(classes=(1,), seeds=1, iterations=30, runs=tmp_path)
+    mine, twin, narrow = (f"class0_seed0_{digest}.json" for digest in ("7bbc6429a8", "3f6c5acf58", "f963540b3f"))
     assert names == [
-        "class0_seed0_7bbc6429a8.json",
+        mine,
+        mine,
+        twin,
+        mine,
+        twin,
+        narrow,
+        twin,  # --beta 0 makes the run that is the twin of another
+        "class3_seed0_40e33a6efb.json",
+        "class3_seed0_d8f96bce46.json",
         "digits_beta_0_01_1_35f4c092eb.json",
         "digits_beta_10_1_a1d2efec5e.json",
     ]
@@ -318,17 +334,25 @@ def test_the_command_on_arrhythmia_and_its_evaluation(arrhythmia, tmp_path, monk
     paper(**arrhythmia)
     first = json.loads((tmp_path / "out.json").read_text())
     assert {"commit", "dirty", "packages", "iterations", "split"} <= set(first)
-    assert [(run["class"], run["seed"]) for run in first["runs"]] == [(0, 0), (0, 1)]
-    assert ["TollDetector, defaults", "50.0 ± 0.0", "50.0", "50.0", "2"] in map(_cells, first["table"].splitlines())
+    assert [(run["seed"], run["beta"]) for run in first["runs"]] == [(0, 10.0), (0, 0.0), (1, 10.0), (1, 0.0)]
+    assert ["detectors" in run for run in first["runs"]] == [True, False, True, False]
+    cells = ["TollDetector, defaults", "50.0 ± 0.0", "", "", "50.0", "50.0", "2"]
+    assert cells in map(_cells, first["table"].splitlines())
     assert (tmp_path / "runs/arrhythmia/paper.png").stat().st_size > 10_000
-    assert len(list((tmp_path / "runs/arrhythmia").glob("*.pt"))) == 2
+    assert len(list((tmp_path / "runs/arrhythmia").glob("*.pt"))) == 4
     capsys.readouterr()
     paper(**arrhythmia, mode="eval")
     assert json.loads((tmp_path / "out.json").read_text())["runs"] == first["runs"]
     paper(**arrhythmia | {"seeds": 3}, mode="eval")
-    assert "class0_seed2" in capsys.readouterr().out  # is said to be missing
+    # What is missing is said.
+    assert "class0_seed2 (beta 10), class0_seed2 (beta 0)" in capsys.readouterr().out
     paper(**arrhythmia | {"seeds": 1})
-    assert "1 of 1 runs are in" in capsys.readouterr().out
+    assert "2 of 2 runs are in" in capsys.readouterr().out
+    paper(**arrhythmia, twin=False)
+    assert "2 of 2 runs are in" in capsys.readouterr().out
+    alone = json.loads((tmp_path / "out.json").read_text())
+    assert alone["runs"] == first["runs"][::2]
+    assert "beta 0" not in alone["table"]
     # Other data are other runs.
     write_arrhythmia(tmp_path / "ODDS", tmp_path / "splits", seed=1)
     load.cache_clear()
@@ -354,7 +378,8 @@ def test_the_command_on_images(tmp_path, monkeypatch):
     assert record["split"] == "drawn"
     assert [step["step"] for step in record["runs"][0]["trace"]] == [1, 2]
     lines = record["table"].splitlines()
-    assert [_cells(line)[0] for line in lines[2:4]] == ["2", "mean over the classes that were run (1)"]
+    names = [_cells(line)[0] for line in lines[2:5]]
+    assert names == ["2", "mean over the classes that were run (1)", "gain over beta 0: one class"]
     assert "A reduced budget" in record["table"]
     assert "MemAE 97.5" in record["table"]
     with pytest.raises(SystemExit, match="1"):  # a class that is too small is left out, and said to be
@@ -367,9 +392,9 @@ def test_the_command_on_images(tmp_path, monkeypatch):
             runs=tmp_path / "runs",
             output=tmp_path / "out.json",
         )
-    assert (
-        "Failed, and left out: class 2: ValueError: batch_size must be at most" in (tmp_path / "out.json").read_text()
-    )
+    text = (tmp_path / "out.json").read_text()
+    assert "Failed, and left out: class 2, beta 0: ValueError: batch_size must be at most" in text
+    assert "; class 2: ValueError: batch_size must be at most" in text
 
 
 def test_a_small_validation_holds_every_class(tmp_path):
@@ -384,26 +409,30 @@ def test_a_small_validation_holds_every_class(tmp_path):
     np.testing.assert_array_equal(whole["val_indices"], by_class)
 
 
-def test_table_by_hand():
-    def run(c, seed, *values):
-        chosen = {name: {"step": 20, "total": v} for name, v in zip(protocol.PROTOCOLS, values, strict=True)}
-        return {
-            "class": c,
-            "seed": seed,
-            "protocols": chosen,
-            "seconds": {"training": 3.0},
-            "device": "cpu",
-            "threads": 1,
-        }
+def _finished(c, seed, *values, **more):
+    """A run as a record has it; ``values`` are the protocols' test metrics."""
+    chosen = {name: {"step": 20, "total": v} for name, v in zip(protocol.PROTOCOLS, values, strict=True)}
+    times = {"seconds": {"training": 3.0}, "device": "cpu", "threads": 1}
+    return {"class": c, "seed": seed, "protocols": chosen, **times, **more}
 
-    runs = [
-        run(0, 0, 0.9, 0.8, 0.3, 0.7),
-        run(0, 1, 0.8, 0.8, 0.3, 0.9),
-        run(2, 0, 0.5, 0.6, 0.2, 0.7),
-        {"class": 1, "seed": 0, "error": "x"},
-    ]
-    record = {"dataset": "mnist", **asdict(protocol.SETTINGS["mnist"]), "validation_size": 10_000, "split": "authors"}
-    lines = make_table(record, runs).splitlines()
+
+def _record(name, **more):
+    return {"dataset": name, **asdict(protocol.SETTINGS[name]), "validation_size": 10_000, "split": "authors", **more}
+
+
+#: As records had them before there were twins.
+OLD = [
+    _finished(0, 0, 0.9, 0.8, 0.3, 0.7),
+    _finished(0, 1, 0.8, 0.8, 0.3, 0.9),
+    _finished(2, 0, 0.5, 0.6, 0.2, 0.7),
+    {"class": 1, "seed": 0, "error": "x"},
+]
+
+
+def test_table_by_hand():
+    record = _record("mnist")
+    del record["width"]
+    lines = make_table(record, OLD).splitlines()
     assert [_cells(line) for line in lines[2:5]] == [
         ["0", "85.0 ± 5.0", "80.0 ± 0.0", "30.0 ± 0.0", "80.0 ± 10.0", "2"],
         ["2", "50.0", "60.0", "20.0", "70.0", "1"],
@@ -414,6 +443,152 @@ def test_table_by_hand():
     reduced = make_table(record | {"validation_size": 2000}, []).splitlines()
     assert reduced[0].startswith("A reduced budget, not the authors': 2000 iterations")
     assert reduced[0].endswith("on 2000 of the authors' 10 000, single precision.")  # and no times of no runs
+
+
+def test_gains_over_the_twins_by_hand():
+    twins = [
+        _finished(0, 0, 0.8, 0.8, 0.4, 0.5, beta=0.0),
+        _finished(0, 1, 0.9, 0.7, 0.4, 0.5, beta=0.0),
+        _finished(2, 0, 0.3, 0.6, 0.1, 0.4, beta=0.0),
+        _finished(1, 0, 0.1, 0.1, 0.1, 0.1, beta=0.0),  # the run beside it has failed
+        {"class": 2, "seed": 1, "error": "y", "beta": 0.0},
+    ]
+    table = make_table(_record("mnist"), [*OLD, *twins])
+    lines = [_cells(line) for line in table.splitlines() if line.startswith("|")]
+    assert lines[0] == [
+        "normal class, test AUROC in %",
+        "labelled choice (the authors')",
+        "beta 0, labelled",
+        "label-free choice",
+        "beta 0, label-free",
+        "lowest held-out loss",
+        "beta 0, held-out loss",
+        "last step",
+        "beta 0, last step",
+        "seeds",
+    ]
+    pairs = ["85.0 ± 5.0", "85.0 ± 5.0", "80.0 ± 0.0", "75.0 ± 5.0", "30.0 ± 0.0", "40.0 ± 0.0"]
+    pairs += ["80.0 ± 10.0", "50.0 ± 0.0"]
+    assert lines[2:5] == [
+        ["0", *pairs, "2"],
+        ["1", "", "10.0", "", "10.0", "", "10.0", "", "10.0", "0, beta 0: 1"],
+        ["2", "50.0", "30.0", "60.0", "60.0", "20.0", "10.0", "70.0", "40.0", "1"],
+    ]
+    # Beta 0, labelled: the mean of 85, 10 and 30.
+    mean = ["67.5 (2 of them)", "41.7", "70.0 (2 of them)", "48.3", "25.0 (2 of them)", "20.0", "75.0 (2 of them)"]
+    assert lines[5] == ["mean over the classes that were run (3)", *mean, "33.3", ""]
+    # Class 0 gains 0, 5, -10 and 30, the means of (10, -10), (0, 10), (-10, -10) and (20, 40); class 2 gains
+    # 20, 0, 10 and 30. The standard error of two values is half of their distance.
+    gains = ["+10.0 ± 10.0", "", "+2.5 ± 2.5", "", "+0.0 ± 10.0", "", "+30.0 ± 0.0", ""]
+    assert lines[6] == ["gain over beta 0: mean ± standard error over 2 classes", *gains, ""]
+    assert "without the latent term. Gains are paired by class and seed" in table
+    one = make_table(_record("mnist"), [OLD[0], twins[0]])
+    assert "| gain over beta 0: one class" in one
+    assert "+10.0  " in one
+    both_failed = make_table(_record("mnist"), [{"class": 0, "seed": 0, "error": "x"}, twins[3]])
+    assert "gain" not in both_failed.partition("\n\n")[0]  # no pair
+
+
+def test_gains_on_arrhythmia_by_hand():
+    runs = [
+        _finished(0, seed, value, 0.5, 0.5, 0.5, beta=10.0, detectors={"TollDetector, defaults": 0.5})
+        for seed, value in enumerate((0.6, 0.8, 0.7))
+    ]
+    runs += [_finished(0, seed, value, 0.5, 0.5, 0.4, beta=0.0) for seed, value in enumerate((0.5, 0.5))]
+    table = make_table(_record("arrhythmia"), runs)
+    lines = [_cells(line) for line in table.splitlines() if line.startswith("|")]
+    assert lines[0] == ["how", "test F1, %", "beta 0", "gain ± standard error", "smallest", "largest", "seeds"]
+    assert lines[2] == [
+        "labelled choice (the authors')",
+        "70.0 ± 8.2",
+        "50.0 ± 0.0",
+        "+20.0 ± 10.0",
+        "60.0",
+        "80.0",
+        "3",
+    ]
+    assert lines[5] == ["last step", "50.0 ± 0.0", "40.0 ± 0.0", "+10.0 ± 0.0", "50.0", "50.0", "3"]
+    assert lines[6] == ["TollDetector, defaults", "50.0 ± 0.0", "", "", "50.0", "50.0", "3"]
+    assert "Gains are paired by seed; their standard error is over seeds." in table
+
+
+def test_a_table_says_that_a_network_is_not_the_authors():
+    table = make_table(_record("mnist", width=0.25), OLD)
+    assert table.startswith("| normal class, test AUROC in % (width 0.25) ")
+    assert "\n\nNarrow network (width 0.25), not the authors'. The authors' full budget: 2000" in table
+    assert "Wide network (width 2), not the authors'." in make_table(_record("arrhythmia", width=2), [])
+    rows = [_finished(0, 0, 0.5, 0.5, 0.5, 0.5)]
+    assert make_table(_record("arrhythmia", width=0.5), rows).startswith("| how (width 0.5) ")
+
+
+def _sees(monkeypatch, settings, parts, normal_class):
+    """Initial weights and batches of a run, as its network gets them."""
+    seen, build = [], protocol.initial_network
+
+    def watched(*arguments):
+        network = build(*arguments)
+        seen.append({name: value.clone() for name, value in network.state_dict().items()})
+        network.register_forward_pre_hook(lambda module, x: seen.append(x[0].clone()) if module.training else None)
+        return network
+
+    monkeypatch.setattr(training, "initial_network", watched)
+    result, weights = training.train(parts, settings, 1, normal_class, device="cpu")
+    monkeypatch.setattr(training, "initial_network", build)
+    return seen[0], seen[1:], result, weights
+
+
+@pytest.mark.parametrize("width", [1.0, 0.1])
+@pytest.mark.parametrize("name", ["mnist", "arrhythmia"])
+def test_a_twin_begins_with_the_same_weights_and_sees_the_same_batches(name, width, tmp_path, monkeypatch):
+    settings = replace(protocol.SETTINGS[name], iterations=3, validate_every=1, batch_size=3, width=width)
+    mine, twin = _with_twin(settings, twin=True)
+    assert twin == replace(mine, beta=0.0)
+    if name == "mnist":
+        written = write_mnist(tmp_path)
+        data = {key: value[:, None] if value.ndim == 3 else value for key, value in written.items()}
+        parts = studied.image_parts(data | {"held_out": np.arange(40), "val_indices": np.arange(40)}, settings, 2)
+    else:
+        parts = _parts()
+    runs = [_sees(monkeypatch, each, parts, 0 if name == "arrhythmia" else 2) for each in (mine, twin)]
+    (weights, batches, result, trained), (others, other_batches, other, otherwise) = runs
+    assert list(weights) == list(others)
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+    assert len(batches) == len(other_batches) == 3
+    assert all(torch.equal(a, b) for a, b in zip(batches, other_batches, strict=True))
+    assert not torch.equal(batches[0], batches[1])
+    assert [step["step"] for step in result["trace"]] == [step["step"] for step in other["trace"]] == [1, 2, 3]
+    # The weight of the latent term alone differs: the first loss by beta times the mean norm, and what is learned.
+    network = protocol.initial_network(mine, 1, 0 if name == "arrhythmia" else 2)
+    network.load_state_dict(weights)
+    with torch.no_grad():
+        _, z = network.train()(batches[0])
+    gap = result["trace"][0]["batch_loss"] - other["trace"][0]["batch_loss"]
+    assert gap == pytest.approx(settings.beta * np.mean([float((row**2).sum()) ** 0.5 for row in z]), rel=1e-4)
+    assert any(not torch.equal(trained[3][key], otherwise[3][key]) for key in weights)
+
+
+def test_runs_with_beta_0_have_no_twin():
+    assert _with_twin(replace(DENSE, beta=0.0), twin=True) == [replace(DENSE, beta=0.0)]
+    assert _with_twin(DENSE, twin=False) == [DENSE]
+
+
+def test_flags_of_twin_and_width_in_a_command_and_in_yaml(arrhythmia, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.studies.paper._detectors", lambda *_: {})
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in arrhythmia.items()}
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(given | {"width": 0.1, "seeds": 1}))
+    for flags, betas in (([], [10.0, 0.0]), (["--twin", "false"], [10.0])):
+        monkeypatch.setattr("sys.argv", ["benchmarks", "paper", "--config", str(tmp_path / "paper.yaml"), *flags])
+        main()
+        record = json.loads((tmp_path / "out.json").read_text())
+        assert record["width"] == 0.1
+        assert [run["beta"] for run in record["runs"]] == betas
+    words = ["benchmarks", "paper", "--config", str(tmp_path / "paper.yaml"), "--width", "0.2", "--mode", "eval"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(FileNotFoundError, match="no run of these settings is finished in"):
+        main()
+    monkeypatch.setattr("sys.argv", [*words[:4], "--mode", "eval"])
+    main()  # weights of a narrow network are scored by one
+    assert len(json.loads((tmp_path / "out.json").read_text())["runs"]) == 2
 
 
 @pytest.mark.usefixtures("arrhythmia")
@@ -490,6 +665,11 @@ def test_the_study_runs(tmp_path):
 
 
 def test_the_networks_are_those_of_the_settings():
-    assert isinstance(protocol.NETWORKS["dense"](4), DenseAutoencoder)
     for settings in protocol.SETTINGS.values():
-        assert isinstance(protocol.NETWORKS[settings.network](settings.latent_dim), nn.Module)
+        network = settings.build()
+        assert isinstance(network, DenseAutoencoder) == (settings.network == "dense")
+        _, z = network.eval()(torch.zeros(2, *(network.input_shape or (274,))))
+        assert z.shape == (2, settings.latent_dim)
+        assert "width" not in settings.configuration()
+        assert replace(settings, width=0.5).configuration() == settings.configuration() | {"width": 0.5}
+    assert replace(DENSE, width=0.1).build().arguments["hidden_sizes"] == [26, 13]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from benchmarks.run.jobs import check_jobs, cluster, run_missing
 from benchmarks.run.metrics import f1_at_known_rate
 from benchmarks.run.store import Configuration, Runs, finish, provenance
 from benchmarks.studies import parts, training
-from benchmarks.studies.paper_table import make_table, plot
+from benchmarks.studies.paper_table import is_twin, make_table, plot
 from benchmarks.studies.protocol import SETTINGS, VERSION, Settings
 from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.image_sets import ImageSetName, data_root, download_image_set, read_image_set
@@ -50,6 +50,8 @@ def paper(
     latent_dim: int | None = None,
     lr: float | None = None,
     bf16: bool = False,
+    width: float = 1.0,
+    twin: bool = True,
     mode: Literal["train", "eval"] = "train",
     device: str = "auto",
     jobs: int = 1,
@@ -60,7 +62,8 @@ def paper(
     """One of the paper's experiments: the authors' labelled choice of the step, two without labels, and the last step.
 
     The label-free choice is the step that tells held-out normal samples best from splices of two of
-    them. All score the same training, whose weights and batches are the authors'. Runs that are
+    them. All score the same training, whose weights and batches are the authors'. Beside each run stands
+    its twin: a run with beta 0 that begins with the same weights and sees the same batches. Runs that are
     finished are kept and not run again, so a killed command goes on where it was; failed ones are
     tried again, and the exit code is 1 while there are any.
 
@@ -79,6 +82,8 @@ def paper(
         latent_dim: By default the authors'.
         lr: By default the authors'.
         bf16: Compute in bfloat16 where torch's autocast does.
+        width: What the networks' hidden sizes are multiplied by; other than 1 is not the authors' network.
+        twin: Whether each run has a twin with beta 0, which takes as long; runs with beta 0 have none.
         mode: eval scores the weights again that finished runs kept, without training, one after the other.
         device: auto, cpu, cuda, cuda:1, ...
         jobs: Runs at a time, also on one GPU; -1 for all cores, or all workers of a cluster.
@@ -96,6 +101,7 @@ def paper(
         iterations=check_integer("iterations", iterations, minimum=1),
         validate_every=check_integer("validate_every", validate_every, minimum=1),
         bf16=bf16,
+        width=check_finite_float("width", width, minimum=0, exclusive=True),
         **_given(batch_size=batch_size, beta=beta, latent_dim=latent_dim, lr=lr),
     )
     chosen = parse_classes(classes, settings.n_classes)
@@ -108,15 +114,15 @@ def paper(
     if dataset != "arrhythmia":
         download_image_set(_image_set(dataset), source[1])
     _, digest = load(*source)
-    experiment = {"dataset": dataset, **asdict(settings), "validation_size": validation_size}
-    common = experiment | {"data": digest, "version": VERSION}
+    experiment = {"dataset": dataset, **asdict(settings), "validation_size": validation_size, "seeds": seeds}
     keys = [
-        (f"class{c}_seed{s}", {**common, "class": c, "seed": s}, (source, digest, settings, c, s))
+        _key(source, digest, each, c, s)
         for s in range(seeds)
         for c in chosen
+        for each in _with_twin(settings, twin=twin)
     ]
     split = "authors" if splits else "drawn"
-    record = {"command": "paper", **provenance(), **experiment, "seeds": seeds, "mode": mode, "split": split}
+    record = {"command": "paper", **provenance(), **experiment, "twin": twin, "mode": mode, "split": split}
     if mode == "eval":
         records = _again(kept, keys, device)
     else:
@@ -127,7 +133,7 @@ def paper(
             records = run_missing(kept, _run, calls, jobs, f"paper {dataset}")
     found = _slim(records)
     table = make_table(record, found)
-    failed = sorted({f"class {run['class']}: {run['error']}" for run in found if "error" in run})
+    failed = sorted({f"{_named(record, run)}: {run['error']}" for run in found if "error" in run})
     if failed:
         table += "\n\nFailed, and left out: " + "; ".join(failed) + "."
     finish(output, {**record, "table": table, "runs": found})
@@ -137,6 +143,24 @@ def paper(
     print(f"\nrecord {output}, plot {picture}, runs and weights {kept.folder}")
     if failed:
         raise SystemExit(1)
+
+
+def _with_twin(settings: Settings, *, twin: bool) -> list[Settings]:
+    """The settings, and those of the twin where there is one: nothing but the weight of the latent term differs."""
+    return [settings, replace(settings, beta=0.0)] if twin and settings.beta else [settings]
+
+
+def _key(source: Source, digest: str, settings: Settings, normal_class: int, seed: int) -> Key:
+    dataset, _, _, validation_size = source
+    configuration = {"dataset": dataset, **settings.configuration(), "validation_size": validation_size}
+    configuration |= {"data": digest, "version": VERSION, "class": normal_class, "seed": seed}
+    # A twin is the run that --beta 0 would make, so it has that run's name.
+    return f"class{normal_class}_seed{seed}", configuration, (source, digest, settings, normal_class, seed)
+
+
+def _named(record: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """A run's class, and its beta where that tells it from the run whose twin it is."""
+    return f"class {run['class']}" + ", beta 0" * is_twin(record, run)
 
 
 def _given(batch_size: int | None, beta: float | None, latent_dim: int | None, lr: float | None) -> dict[str, Any]:
@@ -228,7 +252,7 @@ def _run(
     from tqdm import tqdm
 
     data = _same(source, digest)
-    samples, what = _parts(data, settings, normal_class), f"class {normal_class}, seed {seed}"
+    samples, what = _parts(data, settings, normal_class), f"class {normal_class}, seed {seed}, beta {settings.beta:g}"
     # Bars of several processes would write over each other.
     with tqdm(total=settings.iterations, desc=what, leave=False, disable=not alone) as bar:
         result, weights = training.train(
@@ -270,7 +294,7 @@ def _again(kept: Runs, keys: Sequence[Key], device: str) -> list[dict[str, Any]]
     for label, configuration, (source, digest, settings, normal_class, _) in keys:
         record = kept.find(label, configuration)
         if record is None:
-            missing.append(label)
+            missing.append(f"{label} (beta {settings.beta:g})")
             continue
         samples = _parts(_same(source, digest), settings, normal_class)
         scored = training.score(samples, settings, kept.weights(label, configuration), device)
@@ -289,7 +313,7 @@ def _slim(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records without what all of a table share; the files of the runs have it whole."""
     shared = ("configuration", "traceback", "weights")
     return [
-        {"class": r["configuration"]["class"], "seed": r["configuration"]["seed"]}
+        {name: r["configuration"][name] for name in ("class", "seed", "beta")}
         | {name: value for name, value in r.items() if name not in shared}
         for r in records
     ]

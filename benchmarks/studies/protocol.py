@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,15 @@ from torch import nn
 
 from benchmarks.run.metrics import f1_at_known_rate
 from toll_plugin.core import DenseAutoencoder, Paper28Autoencoder, Paper32Autoencoder
+from toll_plugin.core.paper_networks import scaled_sizes
 
-#: The authors' networks.
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+#: The authors' networks, of a latent size and a width: what the hidden sizes are multiplied by.
+NETWORKS: dict[str, Callable[[int, float], nn.Module]] = {
     "paper28": Paper28Autoencoder,
     "paper32": Paper32Autoencoder,
-    "dense": lambda latent_dim: DenseAutoencoder(latent_dim=latent_dim),
+    "dense": lambda latent_dim, width: DenseAutoencoder(
+        hidden_sizes=scaled_sizes(width, 256, 128), latent_dim=latent_dim
+    ),
 }
 
 
@@ -41,6 +45,15 @@ class Settings:
     iterations: int = 2000
     validate_every: int = 20
     bf16: bool = False
+    width: float = 1.0
+
+    def configuration(self) -> dict[str, Any]:
+        """What names a kept run; the authors' width is left out, as it was before there was another."""
+        return {name: value for name, value in asdict(self).items() if name != "width" or value != 1}
+
+    def build(self) -> nn.Module:
+        """The network, with initial weights from torch's global generator."""
+        return NETWORKS[self.network](self.latent_dim, self.width)
 
 
 #: From the authors' README and code.
@@ -74,12 +87,11 @@ _GLOBAL_GENERATOR = threading.Lock()
 
 def initial_network(settings: Settings, seed: int, normal_class: int) -> nn.Module:
     """The authors' initial weights: they seed torch once per seed and build one network per class after it."""
-    build = NETWORKS[settings.network]
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for _ in range(normal_class):
-            build(settings.latent_dim)
-        return build(settings.latent_dim)
+            settings.build()
+        return settings.build()
 
 
 def batches(sizes: list[int], settings: Settings) -> Iterator[np.ndarray]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.studies.parts import Parts
-from benchmarks.studies.protocol import METRICS, NETWORKS, PROTOCOLS, Settings, batches, initial_network
+from benchmarks.studies.protocol import METRICS, PROTOCOLS, Settings, batches, initial_network
 from toll_plugin.core import TollLoss, TollTerms, terms_of
 
 
@@ -83,8 +83,7 @@ def score(
     parts: Parts, settings: Settings, weights: dict[int, dict[str, Tensor]], device: str = "auto"
 ) -> dict[int, dict[str, float]]:
     """Test metrics of kept weights, by step."""
-    network = NETWORKS[settings.network](settings.latent_dim)
-    run = _Run(parts, settings, network, pick_device(device))
+    run = _Run(parts, settings, settings.build(), pick_device(device))
     return {step: run.test(state) for step, state in weights.items()}
 
 
