@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.transforms.v2.functional import is_pure_tensor
 
 from toll_plugin.core.checks import check_image_size
-from toll_plugin.core.image_scaling import ImageScaling, contrast_range
+from toll_plugin.core.image_scaling import MEASURED, ImageScaling, contrast_range, standard_range
 from toll_plugin.core.resize import resize_matrix
 
 __all__ = ["TollPreProcessor"]
@@ -66,8 +66,8 @@ class TollPreProcessor(PreProcessor):
     Args:
         image_size: ``(height, width)`` in pixels, or one integer.
         scaling: Name of an :class:`toll_plugin.core.ImageScaling`.
-        scaling_range: Its ``value_range``. ``"paper_cifar"`` without one gets that of the training
-            images when a fit begins.
+        scaling_range: Its ``value_range``. ``"standard"`` and ``"paper_cifar"`` without one get that of the
+            training images when a fit begins.
 
     Raises:
         TypeError: If ``image_size`` is no size.
@@ -104,13 +104,22 @@ class TollPreProcessor(PreProcessor):
 
     @property
     def is_open(self) -> bool:
-        """Whether ``"paper_cifar"`` still needs its range."""
-        return self.scaling == "paper_cifar" and self.scaling_range is None
+        """Whether the scaling still needs its range."""
+        return self.scaling in MEASURED and self.scaling_range is None
 
-    def measure(self, images: Tensor) -> tuple[float, float]:
-        """Smallest and largest value of a batch before the range is applied, see :func:`contrast_range`."""
+    def measure(self, images: Tensor) -> tuple[float, float, float]:
+        """What a batch adds to the range.
+
+        Of ``"paper_cifar"`` minus its smallest and its largest value, see :func:`contrast_range`, and 0; of
+        ``"standard"`` the number of its values, their sum and the sum of their squares. Those of several batches
+        are joined by the maximum and by the sum.
+        """
         resized: Tensor = self.transform.transforms[0](images)
-        return contrast_range(resized.as_subclass(Tensor).cpu().double())  # some accelerators have no double
+        values = resized.as_subclass(Tensor).cpu().double()  # some accelerators have no double
+        if self.scaling == "paper_cifar":
+            low, high = contrast_range(values)
+            return -low, high, 0.0
+        return float(values.numel()), float(values.sum()), float(values.square().sum())
 
     def close(self, scaling_range: Sequence[float]) -> None:
         """Set the range that was left open."""
@@ -122,12 +131,21 @@ class TollPreProcessor(PreProcessor):
             return
         trainer.fit_loop.setup_data()  # before any batch is scaled, so before Lightning does it
         batches: Any = trainer.train_dataloader
-        ranges = [self.measure(batch.image) for batch in batches]
-        low, high = torch.tensor(ranges, device=trainer.strategy.root_device).T
-        # Each process has its share of the images.
-        extremes: Any = pl_module.all_gather(torch.stack([low.min(), -high.max()]))
-        low_of_all, negative_high_of_all = extremes.view(-1, 2).amin(dim=0).tolist()
-        self.close((low_of_all, -negative_high_of_all))
+        # A loader draws from the global generator when it starts: what follows must not depend on the scaling.
+        with torch.random.fork_rng(devices=[]):
+            found = torch.tensor([self.measure(batch.image) for batch in batches], dtype=torch.float64)
+        paper = self.scaling == "paper_cifar"
+        own = found.amax(dim=0) if paper else found.sum(dim=0)
+        # Each process has its share of the images. Some accelerators have no double, so it goes in two floats.
+        head = own.float()
+        parts: Any = torch.stack([head, (own - head.double()).float()]).to(trainer.strategy.root_device)
+        gathered: Any = pl_module.all_gather(parts)
+        of_all = gathered.reshape(-1, 2, 3).cpu().double().sum(dim=1)
+        if paper:
+            negative_low, high, _ = of_all.amax(dim=0).tolist()
+            self.close((-negative_low, high))
+        else:
+            self.close(standard_range(*of_all.sum(dim=0).tolist()))
         _logger.info("scaling_range of the training images: %s", self.scaling_range)
 
     def checkpoint_config(self) -> dict[str, Any]:

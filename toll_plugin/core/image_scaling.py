@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_option
 
-__all__ = ["SCALINGS", "ImageScaling", "contrast_normalise", "contrast_range"]
+__all__ = ["MEASURED", "SCALINGS", "ImageScaling", "contrast_normalise", "contrast_range", "standard_range"]
 
 #: Mean and standard deviation per scaling, of one grey or three colour channels.
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -18,7 +18,10 @@ _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "paper_fashion_mnist": ((0.2860,), (0.3530,)),
 }
 
-SCALINGS = ("unit", *_STATISTICS, "paper_cifar")
+#: Those that are ``(x - a) / (b - a)`` with a range ``(a, b)`` that is measured on the training images.
+MEASURED = ("standard", "paper_cifar")
+
+SCALINGS = ("unit", "imagenet", "standard", "paper_mnist", "paper_fashion_mnist", "paper_cifar")
 
 
 def contrast_normalise(images: Tensor) -> Tensor:
@@ -59,16 +62,35 @@ def contrast_range(images: Tensor) -> tuple[float, float]:
     return float(scaled.min()), float(scaled.max())
 
 
+def standard_range(count: float, total: float, squares: float) -> tuple[float, float]:
+    """Mean of all pixels and one standard deviation more, the ``scaling_range`` of ``"standard"``.
+
+    Args:
+        count: How many values there are in all channels of the training images.
+        total: Their sum.
+        squares: The sum of their squares. Where they do not vary, the deviation is taken for 1.
+
+    Example:
+        >>> standard_range(2, 2.0, 4.0)  # the values 0 and 2
+        (1.0, 2.0)
+    """
+    mean = total / count
+    variance = squares / count - mean**2
+    return mean, mean + (variance**0.5 if variance > 1e-12 else 1.0)
+
+
 class ImageScaling(nn.Module):
     r"""Scale images in [0, 1].
 
     Args:
         name: ``"unit"`` leaves them; ``"imagenet"``, ``"paper_mnist"`` and
             ``"paper_fashion_mnist"`` subtract a mean and divide by a standard deviation;
-            ``"paper_cifar"`` is :func:`contrast_normalise` followed by
-            :math:`(x - a) / (b - a)`.
-        value_range: ``(a, b)`` of ``"paper_cifar"``: :func:`contrast_range` of the normal
-            class's training images. ``None`` leaves it open; nothing can be scaled until it is set.
+            ``"standard"`` is :math:`(x - a) / (b - a)`, and ``"paper_cifar"`` is
+            :func:`contrast_normalise` followed by the same.
+        value_range: ``(a, b)``, what becomes 0 and what becomes 1. Of ``"standard"``: the mean of all pixels of the
+            training images, and one standard deviation more (:func:`standard_range`). Of ``"paper_cifar"``:
+            :func:`contrast_range` of the training images. ``None`` leaves it open: ``"standard"`` then leaves
+            images as they are, and ``"paper_cifar"`` can scale nothing until it is set.
 
     Shape:
         ``(N, C, H, W)`` to the same.
@@ -86,9 +108,9 @@ class ImageScaling(nn.Module):
     def __init__(self, name: str = "unit", value_range: Sequence[float] | None = None) -> None:
         super().__init__()
         check_option("scaling", name, SCALINGS)
-        if value_range is not None and name != "paper_cifar":
+        if value_range is not None and name not in MEASURED:
             msg = (
-                f"scaling_range must be given with scaling='paper_cifar' only, "
+                f"scaling_range must be given with scaling='standard' or 'paper_cifar' only, "
                 f"got scaling={name!r} and scaling_range={value_range!r}"
             )
             raise ValueError(msg)
@@ -115,8 +137,11 @@ class ImageScaling(nn.Module):
                 raise RuntimeError(msg)
             low, high = self.value_range
             return (contrast_normalise(images) - low) / (high - low)
-        if self.name == "unit":
+        if self.name == "unit" or (self.name == "standard" and self.value_range is None):
             return images
+        if self.name == "standard" and self.value_range is not None:
+            low, high = self.value_range
+            return (images - low) / (high - low)
         return (images - self._mean) / self._deviation
 
     def extra_repr(self) -> str:

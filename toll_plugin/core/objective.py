@@ -326,6 +326,11 @@ class TollLoss(nn.Module):
         """Weight of the latent term in the score: beta, or the strength, of terms that are :func:`in_units`."""
         return self.strength if self.beta == "auto" else self.beta
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the latent has no part in the loss, which then is that of a plain autoencoder."""
+        return self.weight == 0
+
     def terms(self, x: ArrayT, reconstruction: ArrayT, latent: ArrayT) -> TollTerms[ArrayT]:
         """Unweighted per-sample terms, see :func:`toll_terms`."""
         return toll_terms(x, reconstruction, latent, exponent=self.exponent)
@@ -385,14 +390,17 @@ def check_beta(name: str, value: object) -> Beta:
     return check_finite_float(name, value, minimum=0)
 
 
-def check_score_weight(score_weight: object, *, beta: object, score_scale: object) -> float:
+def check_score_weight(
+    score_weight: object, *, beta: object, score_scale: object, default: float = SCORE_WEIGHT
+) -> float:
     """The weight of the latent term in the score, of which the loss's weight is only one choice.
 
     Args:
         score_weight: A number of at least 0, which is the weight; or ``None`` for the default: beta
-            where the terms stay as they are, :data:`SCORE_WEIGHT` where each is in its unit, in which beta is not.
+            where the terms stay as they are, ``default`` where each is in its unit, in which beta is not.
         beta: Of the loss, see :class:`TollLoss`.
         score_scale: ``"none"`` or ``"median"``.
+        default: See ``score_weight``; by default :data:`SCORE_WEIGHT`.
 
     Raises:
         TypeError: If ``score_weight`` or ``beta`` has the wrong type.
@@ -410,7 +418,7 @@ def check_score_weight(score_weight: object, *, beta: object, score_scale: objec
     if score_weight is not None:
         return check_finite_float("score_weight", score_weight, minimum=0)
     if score_scale == "median":
-        return SCORE_WEIGHT
+        return default
     if beta == "auto":
         msg = "score_scale='none' with beta='auto' needs a score_weight: there is no beta to weigh the latent by"
         raise ValueError(msg)

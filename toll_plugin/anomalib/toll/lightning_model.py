@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -37,10 +39,15 @@ from toll_plugin.core.objective import (
     check_score_weight,
 )
 from toll_plugin.core.training.divergence import DivergenceError, DivergenceGuard
+from toll_plugin.core.training.optimizers import cosine_rate
 
 __all__ = ["Toll"]
 
 _OWN_NETWORK = "toll_own_network"
+
+#: How many times as large as the reconstruction term the latent term is kept, and its weight in the score.
+_STRENGTH, _SCORE_WEIGHT = 3.0, 1.0
+
 _TRAIN_LOGS = ("train_loss", "train_reconstruction", "train_latent")
 _VALIDATION_LOGS = ("val_loss", "val_reconstruction", "val_latent")
 
@@ -49,12 +56,18 @@ class Toll(TollModuleMixin, AnomalibModule):
     r"""Targeted collapse regularised autoencoder for images.
 
     Trains :math:`\frac1N\sum_i \|x_i - \hat x_i\| + \beta\|z_i\|` on normal images and scores
-    with the same sum per image; the anomaly map is the residual alone, see :class:`TollModel`. ``beta="auto"`` and
-    ``score_scale="median"`` depart from the paper: they make loss and score free of the scale of the data.
+    with the sum of the same terms per image; the anomaly map is the residual alone, see :class:`TollModel`.
 
-    Where the data have a validation split, ``val_loss`` is the loss of its normal images (all
-    images, where it has no labels): no anomaly is used. Training stops by it and the weights of
-    its lowest epoch are the ones that every later step uses, see :class:`RestoreBestWeights`.
+    The defaults depart from the paper where its form is tied to one data set. ``beta="auto"`` is as strong on any
+    data and does not fade, ``score_scale="median"`` puts both terms of the score on one scale, and
+    ``scaling="standard"`` does so for pixels. Training has a fixed budget, ``max_steps``, along which the learning
+    rate falls to zero: at a constant rate the noise of the steps hides what the norm of the latent says, and the
+    held-out loss does not tell when detection is best. So no anomaly is needed, and no choice is left to labels.
+
+    The paper's form is ``Toll(beta=1000, max_steps=None)`` with one of the authors' networks, their
+    scaling and learning rate, see ``configs/paper``; what this class did before it had the present defaults is
+    ``Toll(beta=0.01, latent_dim=32, scaling="unit", lr=1e-3, max_steps=None, restore_best_weights=True,
+    patience=20)``.
 
     Args:
         image_size: ``(height, width)`` in pixels the image is resized to, or one integer.
@@ -62,40 +75,47 @@ class Toll(TollModuleMixin, AnomalibModule):
             size from 8; the authors' take theirs.
         in_channels: 3 (default), or 1 for grey images: the model averages the three channels
             that anomalib's batches always have.
-        latent_dim: Length of the latent. Default 32.
+        latent_dim: Length of the latent. Default 512.
         network: ``"conv"`` (default), or the authors' ``"paper28"`` (28x28, one channel) or
             ``"paper32"`` (32x32, three channels).
         encoder: A module of your own from ``(N, in_channels, H, W)`` to ``(N, *)``; needs a
             ``decoder`` and replaces ``network`` and ``latent_dim``. A checkpoint does not store
             it: pass both to ``load_from_checkpoint`` again.
         decoder: A module of your own from the latent back to ``(N, in_channels, H, W)``.
-        beta: Weight of the latent norm in the loss, at least 0, in input units per latent unit, or ``"auto"``. A
-            number is the paper's form; being tied to the scale of the data, it fades as training shrinks the latent.
-            ``"auto"`` takes in each batch the weight that keeps the latent term at ``strength`` times the
-            reconstruction term, see :class:`toll_plugin.core.TollLoss`; the held-out loss is then (1 + strength) times
-            the reconstruction term. Default 0.01; see the README on choosing it.
+        beta: Weight of the latent norm in the loss. ``"auto"`` (default) takes in each batch the weight that keeps the
+            latent term at ``strength`` times the reconstruction term, see :class:`toll_plugin.core.TollLoss`. A number
+            of at least 0 is the paper's form, in input units per latent unit: it is tied to the scale of the data, and
+            fades as training shrinks the latent. 0 is a plain autoencoder, which is scored by its residual.
         strength: Of ``beta="auto"``: how many times as large as the reconstruction term the latent term is kept, at
-            least 0; 0 trains as beta 0 does. Default 1.
+            least 0; 0 trains as beta 0 does. Default 3.
         exponent: Of both norms, 1 (default, the authors' code) or 2.
-        score_scale: ``"none"`` (default): the score adds the terms as they are, as in the paper. ``"median"``: each is
-            first divided by its median over the normal validation images (the training images, where there are
-            none). These units are kept in the model, in checkpoints and in exports, and the anomaly map is in that of
-            its term. Then both terms are near 1 on normal images, and the weight is not tied to the scale of the data.
-            Each validation measures them, which needs one more pass over its images.
-        score_weight: Weight of the latent term in the score, at least 0. Default: beta, or 0.5 with ``"median"``.
-            ``beta="auto"`` with ``"none"`` needs one, for it leaves no number to weigh by.
+        score_scale: ``"median"`` (default, unless beta is a number): each term of the score is divided by its median
+            over the normal validation images (the training images, where there are none). These units are kept in the
+            model, in checkpoints and in exports, and the anomaly map is in that of its term. Then both terms are near 1
+            on normal images, and the weight is not tied to the scale of the data. Each validation measures them, which
+            needs one more pass over its images. ``"none"`` (default where beta is a number): the
+            terms are added as they are, as in the paper.
+        score_weight: Weight of the latent term in the score, at least 0. Default: with ``"median"`` 1, or 0 where
+            training does not press the latent (a beta or a strength of 0), whose norm then says little; with
+            ``"none"`` beta. ``beta="auto"`` with ``"none"`` needs one, for it leaves no number to weigh by.
         score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"`` alone.
-        lr: Learning rate of Adam, more than 0. Default 1e-3.
-        scaling: ``"unit"`` (default, pixels in [0, 1]), ``"imagenet"``, or the authors'
-            ``"paper_mnist"``, ``"paper_fashion_mnist"``, ``"paper_cifar"``.
-        scaling_range: ``(minimum, maximum)`` for ``"paper_cifar"``, see
-            :func:`toll_plugin.core.contrast_range`. Default: that of the training images as they
-            are loaded, measured when the first fit begins, logged, stored in checkpoints and kept.
-        restore_best_weights: Use the weights of the lowest ``val_loss``. Default true.
+        lr: Learning rate of Adam, more than 0: the largest, where it falls. Default 5e-4.
+        scaling: ``"standard"`` (default: pixels minus their mean, over their standard deviation, over all training
+            images), ``"unit"`` (pixels in [0, 1]), ``"imagenet"``, or the authors' ``"paper_mnist"``,
+            ``"paper_fashion_mnist"``, ``"paper_cifar"``.
+        scaling_range: ``(a, b)``, the values that become 0 and 1, for ``"standard"`` (mean, and mean plus deviation)
+            and ``"paper_cifar"`` (minimum and maximum, see :func:`toll_plugin.core.contrast_range`). Default: that of
+            the training images as they are loaded, measured when the first fit begins, logged, stored in checkpoints
+            and kept.
+        max_steps: Steps of a fit, at least 1, along which the learning rate rises over a tenth and falls along half a
+            cosine to zero; then training stops. Where the trainer's limits end the fit sooner, the rate falls along
+            its steps. Default 600. ``None``: the rate is constant, and the trainer's limits and ``patience`` end the
+            fit.
+        restore_best_weights: Use the weights of the lowest ``val_loss``, the loss of the normal images of a validation
+            split (of all its images, where it has no labels), see :class:`RestoreBestWeights`. Default false.
         patience: Validations (epochs, unless the trainer validates less often) without a lower
             ``val_loss`` before training stops, unless the trainer has an ``EarlyStopping`` of its
-            own. Default 20; ``None`` never stops. Without a validation split there is no
-            ``val_loss``, and training ends by ``max_epochs`` alone.
+            own. Default ``None``, which never stops. Without a validation split there is no ``val_loss``.
         max_epochs: Overrides the trainer's, for callers without a trainer section such as
             ``anomalib benchmark``. Default ``None``.
         seed: Of the initial weights; the global generator is not used then. Default ``None``.
@@ -123,21 +143,22 @@ class Toll(TollModuleMixin, AnomalibModule):
         self,
         image_size: int | tuple[int, int] | None = None,
         in_channels: int = 3,
-        latent_dim: int = 32,
+        latent_dim: int = 512,
         network: NetworkName = "conv",
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
-        beta: Beta = 0.01,
-        strength: float = 1.0,
+        beta: Beta = "auto",
+        strength: float | None = None,
         exponent: int = 1,
-        score_scale: ScoreScale = "none",
+        score_scale: ScoreScale | None = None,
         score_weight: float | None = None,
         score_term: ScoreTerm = "total",
-        lr: float = 1e-3,
-        scaling: str = "unit",
+        lr: float = 5e-4,
+        scaling: str = "standard",
         scaling_range: tuple[float, float] | None = None,
-        restore_best_weights: bool = True,
-        patience: int | None = 20,
+        max_steps: int | None = 600,
+        restore_best_weights: bool = False,
+        patience: int | None = None,
         max_epochs: int | None = None,
         seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -148,13 +169,18 @@ class Toll(TollModuleMixin, AnomalibModule):
         # The base class records these variables as hyperparameters, which must be plain data to
         # load under weights_only: numbers are made Python's own, and modules are taken out.
         beta = check_beta("beta", beta)
-        strength = check_finite_float("strength", strength, minimum=0)
-        score_weight = None if score_weight is None else check_finite_float("score_weight", score_weight, minimum=0)
-        weight = check_score_weight(score_weight, beta=beta, score_scale=score_scale)
-        lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
         exponent = check_integer("exponent", exponent, minimum=1)
+        strength = None if strength is None else check_finite_float("strength", strength, minimum=0)
+        score_weight = None if score_weight is None else check_finite_float("score_weight", score_weight, minimum=0)
+        score_scale = score_scale or ("median" if beta == "auto" else "none")
+        loss = TollLoss(beta, strength=_strength(beta, strength), exponent=exponent)
+        weight = check_score_weight(
+            score_weight, beta=beta, score_scale=score_scale, default=0.0 if loss.is_plain else _SCORE_WEIGHT
+        )
+        lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
         latent_dim = check_integer("latent_dim", latent_dim, minimum=1)
         in_channels = check_integer("in_channels", in_channels, minimum=1)
+        max_steps = None if max_steps is None else check_integer("max_steps", max_steps, minimum=1)
         patience = None if patience is None else check_integer("patience", patience, minimum=1)
         max_epochs = None if max_epochs is None else check_integer("max_epochs", max_epochs, minimum=1)
         seed = None if seed is None else check_integer("seed", seed, minimum=0)
@@ -162,7 +188,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         check_option("network", network, get_args(NetworkName))
         if isinstance(pre_processor, TollPreProcessor):
             scaling, scaling_range = pre_processor.scaling, pre_processor.scaling_range
-        elif pre_processor is not True and (scaling, scaling_range) != ("unit", None):
+        elif pre_processor is not True and (scaling, scaling_range) != ("standard", None):
             msg = f"scaling reaches the default pre_processor only, got scaling={scaling!r} and another pre_processor"
             raise ValueError(msg)
         image_size = size_for(image_size, pre_processor)
@@ -178,13 +204,14 @@ class Toll(TollModuleMixin, AnomalibModule):
             visualizer=visualizer,
         )
         self.lr = lr
+        self.max_steps = max_steps
         self.patience = patience
         self.max_epochs = max_epochs
         self.score_scale = score_scale
         self.findings: list[Finding] = []
         self.model: TollModel = TollModel(
             build_network(network, *modules, (in_channels, *image_size), latent_dim, seed),
-            TollLoss(beta, strength=strength, exponent=exponent),
+            loss,
             score_term,
             weight,
         )
@@ -218,9 +245,21 @@ class Toll(TollModuleMixin, AnomalibModule):
             callbacks.append(_StopByValLoss("val_loss", patience=self.patience, strict=False))
         return callbacks
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, as the authors."""
-        return torch.optim.Adam(self.model.parameters(), lr=self.lr)
+    def configure_optimizers(self) -> Any:
+        """Adam, as the authors; with ``max_steps`` at a rate that falls to zero."""
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr)
+        if self.max_steps is None:
+            return optimizer
+        limit = self.trainer.estimated_stepping_batches  # negative or infinite where the trainer has no limit
+        steps = min(self.max_steps, int(limit)) if 0 < limit < math.inf else self.max_steps
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_share_of_rate, steps=steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Stop where the steps are done. The epoch ends there, with the validation that sets the thresholds."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.max_steps is not None and self.global_step >= self.max_steps:
+            self.trainer.should_stop = True
 
     def on_fit_start(self) -> None:
         """Start watching for divergence."""
@@ -376,6 +415,17 @@ class Toll(TollModuleMixin, AnomalibModule):
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
+
+
+def _strength(beta: Beta, strength: float | None) -> float:
+    """The strength that belongs to ``beta``: a number takes none, and :class:`TollLoss` refuses another than 1."""
+    if strength is not None:
+        return strength
+    return _STRENGTH if beta == "auto" else 1.0
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    return cosine_rate(1.0, step, steps)
 
 
 class _StopByValLoss(EarlyStopping):

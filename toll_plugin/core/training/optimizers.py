@@ -98,8 +98,21 @@ def optimizer_of(optimizer: MakeOptimizer | str, lr: float) -> MakeOptimizer:
     return make
 
 
+def cosine_rate(lr: float, step: int, steps: int) -> float:
+    """The learning rate of a step, from 0, of a fit of ``steps``: a rise over the first tenth, half a cosine over all.
+
+    After the last step it is 0.
+
+    Example:
+        >>> [round(cosine_rate(1.0, step, 20), 3) for step in (0, 1, 10, 19, 20)]
+        [0.5, 0.994, 0.5, 0.006, 0.0]
+    """
+    done = min(step / steps, 1.0)
+    return lr * min(1.0, 10 * (done + 1 / steps)) * (1 + math.cos(math.pi * done)) / 2
+
+
 class _CosineAdam:
-    """Adam whose learning rate rises over a tenth of the steps and falls along half a cosine over all."""
+    """Adam at the :func:`cosine_rate` of each step."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, steps: int) -> None:
         self._adam = optimizer_of("adam", lr)(parameters)
@@ -109,8 +122,7 @@ class _CosineAdam:
         self._adam.zero_grad()
 
     def step(self) -> None:
-        done = min(self._step / self._steps, 1.0)
-        lr = self._lr * min(1.0, 10 * (done + 1 / self._steps)) * (1 + math.cos(math.pi * done)) / 2
+        lr = cosine_rate(self._lr, self._step, self._steps)
         if isinstance(self._adam, _Adam):
             self._adam.lr = lr
         else:
