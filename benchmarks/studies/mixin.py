@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.data.datasets import DATASETS, PROTOCOLS, Limits
+from benchmarks.data.datasets import PROTOCOLS, Limits
 from benchmarks.data.tables import SEARCH, halves, load
 from benchmarks.interfaces import Budget, Split
 from benchmarks.run.jobs import run_all
 from benchmarks.run.store import RESULTS, finish, provenance
-from benchmarks.run.tables import markdown, mean_and_error
+from benchmarks.run.tables import markdown
+from benchmarks.studies.mixin_images import BUDGETS, Pictures, arms_of, calls_of, pairs_table, run_images, tested
 from toll_plugin.core.checks import check_option
-
-#: Side of the images in pixels and epochs of each host among anomalib's models, on the digits and on parts.
-BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
-    "Ganomaly": {"digits": (32, 20), "parts": (64, 6)},
-    "ReverseDistillation": {"digits": (64, 10), "parts": (128, 3)},
-    "Fre": {"digits": (64, 30), "parts": (128, 5)},
-    "Supersimplenet": {"digits": (96, 2), "parts": (96, 1)},
-    "Glass": {"digits": (64, 10), "parts": (128, 1)},
-    # Not on parts: a step of 16 images of 128 pixels takes a minute on one core.
-    "Draem": {"digits": (32, 2)},
-}
 
 #: Hosts among PyOD's detectors.
 DETECTORS = ("AutoEncoder", "VAE", "AE1SVM", "DeepSVDD")
@@ -64,11 +52,6 @@ SCORES = {
 }
 
 
-def _images(part: str, seed: int, side: int, mvtec: Path | None) -> Split:
-    name, arguments = ("digits", {}) if part.isdigit() else ("mvtec", {"root": mvtec, "image_size": side})
-    return DATASETS[name].split(arguments, part, PROTOCOLS[0], seed, Limits())
-
-
 def _rows(name: str, protocol: str, seed: int, roots: list[Path], max_rows: int) -> Split:
     import torch
 
@@ -82,51 +65,6 @@ def _rows(name: str, protocol: str, seed: int, roots: list[Path], max_rows: int)
 def _without_last(count: int) -> int:
     """How many of ``count`` rows to keep so that none is alone in a batch, which AE1SVM can neither train nor score."""
     return count - (count % BATCH == 1)
-
-
-def _run_images(
-    host: str,
-    data: str,
-    seed: int,
-    strength: float,
-    make: Callable[[], Split],
-    budget: Budget,
-    arguments: Mapping[str, Any],
-) -> dict[str, Any]:
-    """A host trained with ``strength`` times the default weight of the term."""
-    import torch
-    from sklearn.metrics import roc_auc_score
-    from threadpoolctl import threadpool_limits
-
-    from benchmarks.methods.registry import build
-
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    module = importlib.import_module("toll_plugin.anomalib")
-    default = getattr(module, f"Collapsed{host}").collapse_weight
-    # The score has the term with a weight of 1, so that the norm is known without a weight in the loss, too.
-    given = {**arguments, "collapse_weight": strength * default, "collapse_score_weight": 1.0}
-    with threadpool_limits(1):
-        split = make()
-        detector: Any = build("images", f"Collapsed{host}", budget, seed, given)
-        start = time.perf_counter()
-        detector.fit(split)
-        seconds = time.perf_counter() - start
-        terms = detector.score(split.test).terms
-    without, norms, weight = terms["host"], terms["latent"], default * detector.model.collapse_score_factor()
-    return {
-        "kind": "image",
-        "host": host,
-        "data": data,
-        "seed": seed,
-        "strength": strength,
-        "auroc": float(roc_auc_score(split.anomalous, without)),
-        # Of the bare host too, so that what the score alone brings is known.
-        "auroc_with_term": float(roc_auc_score(split.anomalous, without + max(strength, 1.0) * weight * norms)),
-        "norm_normal": float(norms[~split.anomalous].mean()),
-        "norm_anomalous": float(norms[split.anomalous].mean()),
-        "fit_seconds": seconds,
-    }
 
 
 def _run_table(
@@ -219,24 +157,9 @@ def scores_of(
     return found
 
 
-def _tested(gaps: list[float]) -> str:
-    """Mean, standard error and the p-value of a paired t-test."""
-    from scipy.stats import ttest_1samp
-
-    p = float(ttest_1samp(gaps, 0.0).pvalue) if len(gaps) > 1 and statistics.stdev(gaps) > 0 else float("nan")
-    mark = "**" if p < 0.05 else ""
-    return f"{mark}{mean_and_error(gaps)}{mark} (p {p:.2g})"
-
-
-def _group(run: Mapping[str, Any]) -> str:
-    if run["kind"] == "table":
-        return "tables"
-    return "digits" if run["data"].isdigit() else str(run["data"])
-
-
 def make_table(runs: list[dict[str, Any]]) -> str:
-    """What the term changes: lines of :func:`_pairs`, and of :func:`_by_protocol` where runs have a protocol."""
-    kinds = [(_pairs, [run for run in runs if "protocol" not in run])]
+    """What the term changes: lines of :func:`pairs_table`, and of :func:`_by_protocol` where runs have a protocol."""
+    kinds = [(pairs_table, [run for run in runs if "protocol" not in run])]
     kinds.append((_by_protocol, [run for run in runs if "protocol" in run]))
     return "\n\n".join(markdown(list(make(mine))) for make, mine in kinds if mine)
 
@@ -257,7 +180,7 @@ def _by_protocol(runs: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
                 "host's AUROC": f"{statistics.mean(run['auroc'] for run in bare.values()):.3f}",
                 "weight": f"auto x {strength:g}" if weight == "auto" else f"{weight:g}",
             } | {
-                title: "" if weight == 0 and name == "auroc" else _tested(_by_table(arm, bare, name))
+                title: "" if weight == 0 and name == "auroc" else tested(_by_table(arm, bare, name))
                 for name, title in names.items()
             }
 
@@ -270,27 +193,6 @@ def _by_table(arm: list[dict[str, Any]], bare: Mapping[tuple[str, int], dict[str
     return [statistics.mean(found) for found in gaps.values()]
 
 
-def _pairs(runs: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
-    """A line per host, data and weight: differences to the bare host, paired by data and seed."""
-    for host, group in dict.fromkeys((run["host"], _group(run)) for run in runs):
-        mine = [run for run in runs if run["host"] == host and _group(run) == group]
-        bare = {(run["data"], run["seed"]): run for run in mine if run["strength"] == 0}
-        for strength in sorted({run["strength"] for run in mine} - {0.0}):
-            arm = [run for run in mine if run["strength"] == strength]
-            pairs = [(run, bare[run["data"], run["seed"]]) for run in arm]
-            shrunk = statistics.median(run["norm_normal"] / twin["norm_normal"] for run, twin in pairs)
-            yield {
-                "host": host,
-                "data": group,
-                "pairs": str(len(pairs)),
-                "host's AUROC": f"{statistics.mean(twin['auroc'] for _, twin in pairs):.3f}",
-                "weight": f"x {strength:g}",
-                "term in the loss": _tested([run["auroc"] - twin["auroc"] for run, twin in pairs]),
-                "in loss and score": _tested([run["auroc_with_term"] - twin["auroc"] for run, twin in pairs]),
-                "normal norm": f"x {shrunk:.2g}",
-            }
-
-
 def mixin(
     mvtec: Path | None = None,
     categories: tuple[str, ...] = ("screw",),
@@ -298,6 +200,12 @@ def mixin(
     roots: list[Path] | None = None,
     names: tuple[str, ...] = TABLES,
     classes: tuple[int, ...] = (1, 8),
+    mnist: tuple[int, ...] = (),
+    mnist_root: Path | None = None,
+    folders: list[Path] | None = None,
+    contamination: float = 0.0,
+    max_train: int | None = None,
+    max_test: int | None = None,
     hosts: tuple[str, ...] = (*BUDGETS, *DETECTORS),
     strengths: tuple[float, ...] = (1.0, 10.0),
     protocols: tuple[str, ...] = PROTOCOLS[:2],
@@ -311,22 +219,29 @@ def mixin(
 ) -> None:
     """AUROC of each host without the term, with it in the loss, and with it in loss and score.
 
-    Hosts on images have multiples of their default weights. Hosts on tables have the weights 0, their default and
-    ``"auto"``; of one training all of :data:`SCORES` are made.
+    Hosts have the weights 0, multiples of their default (on tables the default) and ``"auto"``. Of one training all
+    scores are made: the host's own, with the norm as it is, and with both in units of normal samples, which on the
+    bare host is ``collapse_strength=0``.
 
     Args:
-        mvtec: Folder of MVTec AD; without it images are the digits only.
+        mvtec: Folder of MVTec AD, of which ``categories`` are run; without it none is.
         categories: Of MVTec AD.
         weights: Local file of ImageNet weights of a ResNet-18, for machines that cannot download
             them; timm's by default.
         roots: Folders that hold ``NAME.mat`` or ``NAME.npz``; without them no table is run.
         names: Which tables; by default those that defaults may be chosen by.
-        classes: Normal classes of the digits; by default two on which hosts are not perfect.
+        classes: Normal classes of the digits, of ten; by default two on which hosts are not perfect.
+        mnist: Normal classes of MNIST; by default none.
+        mnist_root: Folder that holds ``MNIST/raw``; by default where data are looked for.
+        folders: Further folders in the layout of a category of MVTec AD.
+        contamination: Share of the images to learn from that are replaced by anomalies, which leave the test part.
+        max_train: Training images to draw, before the replacement.
+        max_test: Test images to draw.
         hosts: By default all.
         strengths: Multiples of the default weights, on images.
         protocols: On tables: ``"semi-supervised"`` trains on half of the normal rows, ``"unsupervised"`` on all
             rows, which are then ranked. Both by default.
-        pressures: Strengths of ``collapse_weight="auto"``, on tables.
+        pressures: Strengths of ``collapse_weight="auto"``.
         seeds: Splits, each with its own initial weights.
         max_rows: Larger tables are drawn from.
         epochs: Of every image host; by default each has its own number.
@@ -336,31 +251,26 @@ def mixin(
     """
     _check_protocols(protocols)
     record = {"command": "mixin", **provenance(), "seeds": seeds, "max_rows": max_rows, "max_epochs": max_epochs}
+    record |= {"contamination": contamination, "max_train": max_train, "max_test": max_test}
+    pictures = [*map(Pictures.digits, classes), *(Pictures.mnist(one, mnist_root) for one in mnist)]
+    pictures += map(Pictures.folder, [*([mvtec / name for name in categories] if mvtec else []), *(folders or [])])
+    limits, arms = Limits(max_train, max_test), arms_of(strengths, pressures)
     images: list[tuple[Any, ...]] = []
     tables: list[tuple[Any, ...]] = []
     for host in hosts:
-        for part in (*map(str, classes), *(categories if mvtec else ())) if host in BUDGETS else ():
-            group = "digits" if part.isdigit() else "parts"
-            if group not in BUDGETS[host]:
-                continue
-            side, usual = BUDGETS[host][group]
-            budget, arguments = Budget(epochs or usual, weights=weights), {"image_size": side}
-            images += [
-                (host, part, seed, strength, partial(_images, part, seed, side, mvtec), budget, arguments)
-                for seed in range(seeds)
-                for strength in (0.0, *strengths)
-            ]
+        for one in pictures if host in BUDGETS else ():
+            images += calls_of(host, one, seeds, arms, limits, contamination, epochs, weights)
         for name in names if roots and host in DETECTORS else ():
-            arms = [(0.0, 1.0), (_default(host), 1.0), *(("auto", pressure) for pressure in pressures)]
+            weighted = [(0.0, 1.0), (_default(host), 1.0), *(("auto", pressure) for pressure in pressures)]
             tables += [
                 (host, name, protocol, seed, *arm, roots, max_rows, max_epochs)
                 for protocol in protocols
                 for seed in range(seeds)
-                for arm in arms
+                for arm in weighted
             ]
     runs = [
         run
-        for function, calls in ((_run_images, images), (_run_table, tables))
+        for function, calls in ((run_images, images), (_run_table, tables))
         if calls
         for run in run_all(function, calls, jobs, "mixin")
     ]
