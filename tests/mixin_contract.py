@@ -217,13 +217,15 @@ class MixinContract:
         model, _ = trained
         module = data()
         module.setup("fit")
-        items = [module.val_data[i] for i in range(len(module.val_data))]
-        normal = [item.image for item in items if not item.gt_label]
-        assert 0 < len(normal) < len(items)
-        # A data module's images are resized with antialiasing, those given to pre_processor itself are not.
-        normal = model.pre_processor.transform(torch.stack(normal)).as_subclass(torch.Tensor)
-        sizes, norms = self.terms(host, model, normal)
-        units = statistics.median(sizes.abs().tolist()), statistics.median(norms.tolist())
+        sizes, norms = [], []
+        for batch in module.val_dataloader():  # UniNet's scores depend on the batch
+            # A data module's images are resized with antialiasing, those given to pre_processor itself are not.
+            terms = self.terms(host, model, model.pre_processor.transform(batch.image))
+            for label, score, norm in zip(batch.gt_label.tolist(), *(term.tolist() for term in terms), strict=True):
+                sizes += [] if label else [abs(score)]
+                norms += [] if label else [norm]
+        assert 0 < len(sizes) < len(module.val_data)
+        units = statistics.median(sizes), statistics.median(norms)
         found = [float(unit) for unit in model.collapse_units.units]
         assert found == pytest.approx(units, rel=1e-3)
         theirs, norms = self.terms(host, model, model.pre_processor(images))
