@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 WEIGHT = 0.5
+STRENGTH = 0.7
 
 
 class Host(NamedTuple):
@@ -32,6 +34,7 @@ class Host(NamedTuple):
         latent: The latent ``(N, ...)`` from a call (layer, inputs, output) in evaluation and N.
         copies: Whether anomalib's own class survives ``deepcopy``.
         batch_size: Of training.
+        loss: The name by which it logs the loss that the term joins.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Host(NamedTuple):
     latent: Callable[[Any, int], torch.Tensor] = lambda call, _: call[-1]
     copies: bool = True
     batch_size: int = 4
+    loss: str = "train_loss"
 
     def pre_processor(self, kind: type[AnomalibModule]) -> nn.Module:
         crops = {"crop_size": self.size} if self.name in {"Dinomaly", "InpFormer"} else {}
@@ -109,11 +113,12 @@ class MixinContract:
 
     @pytest.fixture(scope="class")
     def fit(self, build, data):
-        def fit(**changes: Any) -> tuple[AnomalibModule, Trainer]:
+        def fit(validated: bool = False, **changes: Any) -> tuple[AnomalibModule, Trainer]:
             model = build(**changes)
             seed()
             # Two epochs, because some hosts warm up their learning rate from zero, by epoch.
-            trainer = quiet_trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=0, num_sanity_val_steps=0)
+            limits = {"limit_train_batches": 1, "limit_val_batches": 1.0 if validated else 0}
+            trainer = quiet_trainer(max_epochs=2, num_sanity_val_steps=0, **limits)
             trainer.fit(model, datamodule=data())
             return model.eval(), trainer
 
@@ -121,12 +126,12 @@ class MixinContract:
 
     @pytest.fixture(scope="class")
     def trained(self, fit):
-        return fit(collapse_weight=WEIGHT)
+        return fit(validated=True, collapse_weight="auto", collapse_strength=STRENGTH)
 
     @pytest.fixture(scope="class")
     def without(self, fit):
-        """The class of the mixin, with weight 0."""
-        return fit(collapse_weight=0.0)
+        """The class of the mixin with a term that is off, after epochs each of which measured the units."""
+        return fit(collapse_weight="auto", collapse_strength=0.0)
 
     @staticmethod
     def scores(model: AnomalibModule, images: torch.Tensor) -> torch.Tensor:
@@ -137,20 +142,26 @@ class MixinContract:
 
     # --- training
 
-    def test_weight_0_is_the_bare_host_bit_for_bit(self, fit, without, images):
+    def test_a_term_that_is_off_leaves_the_bare_host_bit_for_bit(self, fit, without, images, monkeypatch):
         (bare, _), (none, trainer) = fit(bare=True), without
         for name, value in bare.state_dict().items():
             torch.testing.assert_close(none.state_dict()[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
-        with torch.no_grad():
-            theirs, ours = bare(images), none(images)
-        assert torch.equal(ours.pred_score, theirs.pred_score)
-        assert torch.equal(self.scores(none, images), self.scores(bare, images))
         assert "train_collapse" not in trainer.callback_metrics
+        raw = self.scores(bare, images)
+        for off in ({"collapse_score_weight": 0.0}, {"collapse_weight": 0.0}):
+            with monkeypatch.context() as patch:
+                for name, value in off.items():
+                    patch.setattr(none, name, value)
+                with torch.no_grad():
+                    assert torch.equal(none(images).pred_score, bare(images).pred_score)
+                assert torch.equal(self.scores(none, images), raw)
 
-    def test_the_term_is_logged_and_moves_the_weights_of_the_layer(self, trained, without):
+    def test_the_term_is_logged_in_proportion_and_moves_the_weights_of_the_layer(self, host, trained, without):
         model, trainer = trained
         assert type(model).collapse_weight > 0  # by default there is a term
-        assert 0 < float(trainer.callback_metrics["train_collapse"]) < float("inf")
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        assert logged["train_collapse"] == pytest.approx(STRENGTH * abs(logged[host.loss]), rel=1e-4)
+        assert 0 < logged["train_collapse"] < float("inf")
         layer, twin = model.collapse.find(model), without[0].collapse.find(without[0])
         assert any(not p.equal(q) for p, q in zip(layer.parameters(), twin.parameters(), strict=True))
 
@@ -177,24 +188,49 @@ class MixinContract:
 
     # --- scores
 
-    def test_the_score_is_the_hosts_plus_the_weighted_norm(self, host, trained, images):
-        model, _ = trained
-        assert model.collapse.score_weight == WEIGHT * model.collapse_score_factor()
-        layer = model.collapse.find(model)
+    @staticmethod
+    def terms(host, model: AnomalibModule, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The host's scores of pre-processed images and, by loops, the norms of its latents."""
         outputs = []
-        handle = layer.register_forward_hook(lambda *call: outputs.append((*call[:-1], call[-1].clone())))
+        handle = model.collapse.find(model).register_forward_hook(
+            lambda *call: outputs.append((*call[:-1], call[-1].clone()))
+        )
         with torch.no_grad():
-            theirs = model.model(model.pre_processor(images)).pred_score.reshape(-1)
+            scores = model.model(images).pred_score.reshape(-1)
         handle.remove()
-        latent = host.latent(outputs[-1], len(images))
-        expected = model.collapse.score_weight * torch.tensor(norms_by_loops(latent))
-        ours = self.scores(model, images)
-        torch.testing.assert_close(ours - theirs, expected.float(), rtol=1e-3, atol=1e-5)
+        return scores, torch.tensor(norms_by_loops(host.latent(outputs[-1], len(images)))).float()
+
+    def test_the_score_is_the_hosts_plus_the_weighted_norm(self, host, trained, images, monkeypatch):
+        model, _ = trained
+        monkeypatch.setattr(model, "collapse_weight", WEIGHT)
+        assert model.collapse.score_weight == WEIGHT * model.collapse_score_factor()
+        theirs, norms = self.terms(host, model, model.pre_processor(images))
+        expected, ours = model.collapse.score_weight * norms, self.scores(model, images)
+        torch.testing.assert_close(ours - theirs, expected, rtol=1e-3, atol=1e-5)
         for step in (model.validation_step, model.test_step):
             with torch.no_grad():
                 batch = step(ImageBatch(image=model.pre_processor(images)), 0)
             assert torch.equal(batch.pred_score.reshape(-1), ours)
         assert expected.min() > 0
+
+    def test_the_score_of_auto_adds_both_in_units_of_the_normal_validation_images(self, host, trained, data, images):
+        model, _ = trained
+        module = data()
+        module.setup("fit")
+        sizes, norms = [], []
+        for batch in module.val_dataloader():  # UniNet's scores depend on the batch
+            # A data module's images are resized with antialiasing, those given to pre_processor itself are not.
+            terms = self.terms(host, model, model.pre_processor.transform(batch.image))
+            for label, score, norm in zip(batch.gt_label.tolist(), *(term.tolist() for term in terms), strict=True):
+                sizes += [] if label else [abs(score)]
+                norms += [] if label else [norm]
+        assert 0 < len(sizes) < len(module.val_data)
+        units = statistics.median(sizes), statistics.median(norms)
+        found = [float(unit) for unit in model.collapse_units.units]
+        assert found == pytest.approx(units, rel=1e-3)
+        theirs, norms = self.terms(host, model, model.pre_processor(images))
+        expected = theirs / units[0] + 0.5 * norms / units[1]
+        torch.testing.assert_close(self.scores(model, images), expected, rtol=1e-3, atol=1e-5)
 
     def test_the_weight_of_the_score_is_its_own(self, build, images):
         model = build(collapse_weight=WEIGHT, collapse_score_weight=0.0)
@@ -223,6 +259,7 @@ class MixinContract:
         trainer.save_checkpoint(path, weights_only=True)
         again = type(model).load_from_checkpoint(path, pre_processor=host.pre_processor(type(model))).eval()
         assert repr(again.collapse) == repr(model.collapse)
+        assert again.collapse_units.units == model.collapse_units.units != (1.0, 1.0)
         assert torch.equal(self.scores(again, images), self.scores(model, images))
 
 

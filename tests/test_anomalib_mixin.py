@@ -20,6 +20,7 @@ from collapse_checks import hooks_of, norms_by_loops
 from contracts import run_cli
 from mixin_contract import Host, MixinContract, quiet_trainer, seed
 from packaging.version import Version
+from PIL import Image
 from torch import nn
 
 from toll_plugin.anomalib import (
@@ -32,7 +33,7 @@ from toll_plugin.anomalib import (
     Toll,
     collapsed,
 )
-from toll_plugin.core import ConvAutoencoder
+from toll_plugin.core import ConvAutoencoder, TollTerms
 
 RESNET = {"backbone": "resnet18"}
 FRE = RESNET | {"layer": "layer2", "pre_trained": False, "input_dim": 128 * 4, "latent_dim": 16}
@@ -45,7 +46,7 @@ def _code(call: Any, _: int) -> torch.Tensor:
 
 
 HOSTS = [
-    Host("Ganomaly", GANOMALY, 32),
+    Host("Ganomaly", GANOMALY, 32, loss="generator_loss"),
     Host("ReverseDistillation", RESNET | {"pre_trained": False}, 64),
     Host("Fre", FRE, 32, latent=_code),
     Host("Supersimplenet", RESNET | {"layers": ["layer2", "layer3"]}, 96),
@@ -55,12 +56,14 @@ HOSTS = [
         256,
         batch_size=1,
     ),
-    Host("Draem", {"dtd_dir": "IMAGES"}, 32),
+    # Of fewer images it may put an anomaly into each, and none counts.
+    Host("Draem", {"dtd_dir": "IMAGES"}, 32, batch_size=6),
     Host(
         "Glass",
         RESNET | {"input_shape": (32, 32), "pretrain_embed_dim": 64, "target_embed_dim": 64, "step": 2},
         32,
         latent=lambda call, n: call[-1].reshape(n, -1, 64),
+        loss="loss",
     ),
     # Both teachers' maps of an image, which the host has one after the other in the batch.
     Host(
@@ -121,18 +124,21 @@ def test_lightning_trains_a_compiled_module(mvtec_root):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("name", "batch_size"),
-    [("Ganomaly", 3), ("ReverseDistillation", 3), ("Fre", 2)],  # anomalib's FRE exports a batch of two only
+    ("name", "batch_size", "weight"),
+    # anomalib's FRE exports a batch of two only.
+    [("Ganomaly", 3, "auto"), ("ReverseDistillation", 3, "auto"), ("Fre", 2, 0.5)],
 )
-def test_onnx_exports_have_the_term(name, batch_size, tmp_path):
+def test_onnx_exports_have_the_term_and_its_units(name, batch_size, weight, tmp_path):
     host = next(host for host in HOSTS if host.name == name)
     kind = getattr(anomalib_models, f"Collapsed{name}")
     model = kind(
         pre_processor=kind.configure_pre_processor((host.size, host.size)),
         visualizer=False,
+        collapse_weight=weight,
         collapse_score_weight=3.0,
         **host.arguments,
     ).eval()
+    model.collapse_units.measure(TollTerms(torch.tensor([0.5]), torch.tensor([0.25])))
     images = torch.rand(batch_size, 3, host.size, host.size)
     with torch.no_grad():
         expected, bare = model(images).pred_score.reshape(-1), model.model(model.pre_processor(images))
@@ -140,7 +146,11 @@ def test_onnx_exports_have_the_term(name, batch_size, tmp_path):
     session = onnxruntime.InferenceSession(str(path))
     (scores,) = session.run(["pred_score"], {"input": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(scores).reshape(-1), expected, rtol=1e-3, atol=1e-4)
-    assert (expected - bare.pred_score.reshape(-1)).min() > 1e-3
+    host_score = bare.pred_score.reshape(-1) / (0.5 if weight == "auto" else 1)
+    assert (expected - host_score).min() > 1e-3
+    model.collapse_units.measure(None)
+    with torch.no_grad():
+        assert torch.equal(model(images).pred_score.reshape(-1), expected) == (weight != "auto")
 
 
 # --- names
@@ -168,13 +178,15 @@ def test_the_command_line(mvtec_root, tmp_path):
     }
     path.write_text(yaml.safe_dump(content))
     name = ["--model", "CollapsedReverseDistillation", "--config", str(path)]
-    run_cli("train", *name, "--model.collapse_score_weight", "0.5")
+    auto = ["--model.collapse_weight", "auto", "--model.collapse_strength", "0.5"]
+    run_cli("train", *name, *auto, "--model.collapse_score_weight", "2")
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     cli = run_cli("train", *name, "--model.collapse_pool", "max", "--model.backbone", "resnet34", run=False)
     assert (cli.model.collapse.weight, cli.model.collapse.pool, cli.model.backbone) == (0.02, "max", "resnet34")
     run_cli("test", *name, "--ckpt_path", str(checkpoint))
     loaded = CollapsedReverseDistillation.load_from_checkpoint(checkpoint)
-    assert loaded.collapse.score_weight == 0.5
+    assert (loaded.collapse.weight, loaded.collapse.strength, loaded.collapse.score_weight) == ("auto", 0.5, 2)
+    assert 1.0 not in loaded.collapse_units.units
 
 
 def test_the_command_line_names_an_unknown_key(capsys):
@@ -427,6 +439,169 @@ def test_steps_that_call_each_other_add_the_term_once():
             assert torch.equal(step(ImageBatch(image=images), 0).pred_score, expected)
 
 
+# --- a weight that follows the host's loss
+
+
+class Counting(nn.Module):
+    """The code of an image is its mean pixel x, in a direction of length 1, so its norm is |x|; its score x - 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = nn.Linear(1, 2, bias=False)
+        self.code.weight.data = torch.tensor([[0.6], [0.8]])
+
+    def forward(self, images: torch.Tensor) -> Any:
+        x = images.flatten(1).mean(1, keepdim=True)
+        self.code(x)
+        return x if self.training else InferenceBatch(pred_score=x - 2)
+
+
+class Worked(PlainAutoencoder):
+    """Its loss is its only parameter beside the code's."""
+
+    def __init__(self, loss: float = 6.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model = Counting()
+        self.level = nn.Parameter(torch.tensor(loss))
+
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:
+        del args, kwargs
+        self.model(batch.image)
+        return self.level * 1.0
+
+
+class WorkedDictionary(Worked):
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:
+        return {"loss": super().training_step(batch, *args, **kwargs), "other": 1}
+
+
+class WorkedByHand(Worked):
+    """Two backward passes, of a loss of 100 and of its own."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:
+        self.manual_backward(torch.tensor(100.0, requires_grad=True))
+        loss = super().training_step(batch, *args, **kwargs)
+        self.manual_backward(loss)
+        return {"own": loss}
+
+    def manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        self.seen = [*getattr(self, "seen", []), loss.item()]
+        loss.backward(*args, **kwargs)
+
+
+def worked(host: type[Worked] = Worked, **changes: Any) -> Any:
+    own = {"collapse_layer": "model.code", "collapse_backward": 1 if host is WorkedByHand else None}
+    kind = type("Mine", (TargetedCollapseMixin, host), own)
+    return kind(pre_processor=False, evaluator=False, visualizer=False, **{"collapse_weight": "auto", **changes})
+
+
+def flat(*means: float) -> torch.Tensor:
+    """Images of one grey level each."""
+    return torch.tensor(means)[:, None, None, None].expand(-1, 3, 4, 4).clone()
+
+
+@pytest.mark.parametrize("host", [Worked, WorkedDictionary, WorkedByHand])
+@pytest.mark.parametrize(
+    ("loss", "labels", "term", "slope"),
+    [
+        # Norms 1, 2, 3: the mean is 2, so that half of the loss takes a weight of 1.5.
+        (6.0, None, 3.0, 3.0),
+        (-6.0, None, 3.0, 3.0),
+        (0.0, None, 0.0, 0.0),
+        # Norms 1, 2: the mean is 1.5, the weight 2.
+        (6.0, [0, 0, 1], 3.0, 3.0),
+        (6.0, [1, 1, 1], 0.0, 0.0),
+    ],
+)
+def test_the_term_of_a_step_is_a_share_of_the_hosts_loss(host, loss, labels, term, slope):
+    model, logged = worked(host, loss=loss, collapse_strength=0.5).train(), {}
+    model.log = lambda name, value, **_: logged.update({name: float(value)})
+    labels = None if labels is None else torch.tensor(labels)
+    found = model.training_step(ImageBatch(image=flat(1, 2, 3), gt_label=labels), 0)
+    if host is WorkedByHand:
+        total = torch.tensor(model.seen[1])
+        assert model.seen[0] == 100
+    else:
+        total = found["loss"] if isinstance(found, dict) else found
+        total.backward()
+    assert logged == {"train_collapse": pytest.approx(term)}
+    assert total.item() == pytest.approx(loss + term)
+    # Only the host's own loss moves its parameter: the weight is a number for the step.
+    assert model.level.grad.item() == 1
+    # Along the code, weight times the mean pixel of the normal images, which is 1.5 * 2 or 2 * 1.5.
+    torch.testing.assert_close(model.model.code.weight.grad.flatten(), slope * torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("host", [Worked, WorkedDictionary])
+def test_a_strength_of_0_returns_what_the_host_returned(host):
+    model = worked(host, collapse_strength=0).train()
+    found = model.training_step(ImageBatch(image=flat(1, 2, 3)), 0)
+    assert found == ({"loss": model.level, "other": 1} if host is WorkedDictionary else model.level)
+    found = found["loss"] if isinstance(found, dict) else found
+    found.backward()
+    assert model.model.code.weight.grad is None
+
+
+@pytest.fixture
+def greys(tmp_path) -> MVTecAD:
+    """Trains on images of the levels 0.2, 0.4 and 1, validates with 0.6 and 0.8, and an anomaly of 0."""
+    levels = {"train/good": (51, 102, 255), "test/good": (153, 204), "test/dark": (0,), "ground_truth/dark": (255,)}
+    for name, found in levels.items():
+        folder = tmp_path / "part" / name
+        folder.mkdir(parents=True)
+        for level in found:
+            file = "0_mask.png" if name.startswith("ground_truth") else f"{level}.png"
+            Image.new("L", (4, 4), level).save(folder / file)
+    return MVTecAD(root=tmp_path, category="part", train_batch_size=2, eval_batch_size=2, num_workers=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("validated", "units"),
+    [(True, (1.3, 0.7)), (False, (1.6, 0.4))],  # scores -1.4 and -1.2, or -1.8, -1.6 and -1
+)
+def test_units_are_medians_of_sizes_so_that_scores_may_be_negative(validated, units, greys, tmp_path):
+    model = worked(collapse_strength=0)
+    assert model.collapse_units.units == (1.0, 1.0)
+    trainer = quiet_trainer(max_epochs=1, limit_val_batches=1.0 if validated else 0)
+    trainer.fit(model, datamodule=greys)
+    assert [float(unit) for unit in model.collapse_units.units] == pytest.approx(units)
+    batch = model.eval().predict_step(ImageBatch(image=flat(0.2, 1.0)), 0)
+    expected = [(x - 2) / units[0] + 0.5 * x / units[1] for x in (0.2, 1.0)]
+    assert batch.pred_score.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    again = type(model).load_from_checkpoint(tmp_path / "model.ckpt")
+    assert again.collapse_units.units == model.collapse_units.units
+    # A later test measures nothing, and a fit whose score has no units forgets them.
+    trainer.test(model, datamodule=greys, verbose=False)
+    assert again.collapse_units.units == model.collapse_units.units
+    model.collapse_weight = 0.1
+    quiet_trainer(max_epochs=1, limit_val_batches=1.0 if validated else 0).fit(model, datamodule=greys)
+    assert model.collapse_units.units == (1.0, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_host_whose_scores_are_not_finite_keeps_its_units(greys):
+    model = worked(collapse_strength=0)
+    model.model.code.weight.data.fill_(float("nan"))
+    quiet_trainer(max_epochs=1).fit(model, datamodule=greys)
+    assert model.collapse_units.units == (1.0, 1.0)
+
+
+def test_a_state_from_before_there_were_units_has_those_of_1():
+    model = plain(collapse_weight=0.5)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("collapse_units.")}
+    assert len(state) == len(model.state_dict()) - 2
+    model.collapse_units.measure(TollTerms(torch.tensor([3.0]), torch.tensor([4.0])))
+    model.load_state_dict(state)
+    assert model.collapse_units.units == (1.0, 1.0)
+
+
 # --- refusals
 
 
@@ -474,10 +649,25 @@ def test_manual_optimisation_is_refused_unless_the_class_says_where_its_loss_is(
         ({"collapse_weight": -1}, "^collapse_weight must be finite and >= 0, got -1"),
         ({"collapse_score_weight": float("nan")}, "^collapse_score_weight must be finite"),
         ({"collapse_pool": "sum"}, "^collapse_pool must be one of"),
+        ({"collapse_strength": -1}, "^collapse_strength must be finite and >= 0, got -1"),
+        ({"collapse_weight": "auto", "collapse_strength": float("inf")}, "^collapse_strength must be finite"),
     ],
 )
 def test_arguments_are_checked_at_construction(changes, message):
     with pytest.raises(ValueError, match=message):
+        plain(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"collapse_weight": "Auto"}, "^collapse_weight must be a number of at least 0 or 'auto', got 'Auto'"),
+        ({"collapse_strength": "1"}, "^collapse_strength must be"),
+        ({"collapse_layer": 3}, "^collapse_layer must be the dotted path of a submodule, got 3"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused(changes, message):
+    with pytest.raises(TypeError, match=message):
         plain(**changes)
 
 

@@ -140,7 +140,9 @@ def _predict_collapsed(model: Any, images: Tensor) -> dict[str, Tensor | None]:
     from anomalib.data import ImageBatch
 
     own, scores = model.model(images), model.predict_step(ImageBatch(image=images), 0).pred_score
-    host, weight = own.pred_score.reshape(scores.shape), model.collapse.score_weight
+    host = own.pred_score.reshape(scores.shape)
+    # Under "auto" the host's scores are in another unit within the sum.
+    weight = 0.0 if model.collapse.weight == "auto" else model.collapse.score_weight
     norms = {"latent": (scores.double() - host.double()) / weight} if weight > 0 else {}
     return {"scores": scores, "maps": own.anomaly_map, "host": host, **norms}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,25 @@ from anomalib.metrics import AUROC, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.models.components.base import AnomalibModule
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from toll_plugin.anomalib.checkpoints import check_archive, restore_components, store_components
+from toll_plugin.anomalib.metrics import gathered
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.core.checks import check_image_size
+from toll_plugin.core.modes import evaluating
+from toll_plugin.core.objective import TollTerms
 
-__all__ = ["TollModuleMixin", "is_normal", "size_for", "size_of", "training_batches", "validation_batches"]
+__all__ = [
+    "TollModuleMixin",
+    "is_normal",
+    "normal_terms",
+    "size_for",
+    "size_of",
+    "training_batches",
+    "validation_batches",
+]
 
 
 if TYPE_CHECKING:
@@ -139,6 +151,32 @@ def is_normal(batch: Batch) -> Tensor:
         return torch.ones(len(batch.image), dtype=torch.bool, device=batch.image.device)
     normal: Tensor = batch.gt_label == 0
     return normal
+
+
+@torch.no_grad()
+def normal_terms(module: AnomalibModule, terms_of: Callable[[Batch], TollTerms[Tensor]]) -> TollTerms[Tensor] | None:
+    """Terms of a fit's normal validation images, or of its training images where there are none.
+
+    Training does not depend on it: the generators are put back, from which a loader draws when it starts.
+
+    Args:
+        module: In a fit.
+        terms_of: Both terms ``(N,)`` of a batch, pre-processed as for ``validation_step``; the module is in
+            evaluation mode.
+
+    Returns:
+        Those of all processes; ``None`` if there is no image, or one of the terms is not finite.
+    """
+
+    def collect(batches: Iterable[Batch]) -> Tensor:
+        found = (torch.stack([*terms_of(batch)])[:, is_normal(batch)] for batch in batches)
+        return gathered(torch.cat([torch.empty(2, 0, device=module.device), *found], dim=1).T).T
+
+    with isolate_rng(include_cuda=False), evaluating(module), module.trainer.precision_plugin.val_step_context():
+        terms = collect(validation_batches(module))
+        if not terms.shape[1]:
+            terms = collect(training_batches(module))
+    return TollTerms(*terms) if terms.shape[1] and bool(terms.isfinite().all()) else None
 
 
 def validation_batches(module: AnomalibModule) -> Iterator[Batch]:

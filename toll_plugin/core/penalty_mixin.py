@@ -13,7 +13,13 @@ from toll_plugin.core.penalty import Pool, TargetedCollapse
 __all__ = ["COLLAPSE_ARGUMENTS", "TargetedCollapseBase"]
 
 #: The arguments that both mixins add to those of the host; attributes of the same names hold them.
-COLLAPSE_ARGUMENTS = ("collapse_weight", "collapse_score_weight", "collapse_layer", "collapse_pool")
+COLLAPSE_ARGUMENTS = (
+    "collapse_weight",
+    "collapse_score_weight",
+    "collapse_layer",
+    "collapse_pool",
+    "collapse_strength",
+)
 
 
 class TargetedCollapseBase:

@@ -22,8 +22,6 @@ from toll_plugin.core.tables.model import Measure
 
 __all__ = ["TargetedCollapseMixin"]
 
-_ARGUMENTS = (*COLLAPSE_ARGUMENTS, "collapse_strength")
-
 
 class TargetedCollapseMixin(TargetedCollapseBase):
     r"""Adds :math:`w\|z_i\|` to the loss and the score of a PyOD detector with a network.
@@ -99,7 +97,7 @@ class TargetedCollapseMixin(TargetedCollapseBase):
                 f"collapse_network is for hosts with a fit of their own, not for {type(self).__name__}: leave it empty"
             )
             raise TypeError(msg)
-        chosen = {name: kwargs.pop(name, getattr(type(self), name)) for name in _ARGUMENTS}
+        chosen = {name: kwargs.pop(name, getattr(type(self), name)) for name in COLLAPSE_ARGUMENTS}
         super().__init__(*args, **kwargs)
         for name, value in chosen.items():
             setattr(self, name, value)
@@ -295,7 +293,7 @@ def _generated_constructor(kind: type[TargetedCollapseMixin]) -> Any:
     host: Any = super(TargetedCollapseMixin, kind)
     theirs = inspect.signature(host.__init__)
     keyword = inspect.Parameter.KEYWORD_ONLY
-    ours = [inspect.Parameter(name, keyword, default=getattr(kind, name)) for name in _ARGUMENTS]
+    ours = [inspect.Parameter(name, keyword, default=getattr(kind, name)) for name in COLLAPSE_ARGUMENTS]
     constructor: Any = __init__
     constructor.is_generated = True
     constructor.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), *ours])

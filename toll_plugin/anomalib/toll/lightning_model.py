@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -20,9 +20,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from toll_plugin.anomalib.base import TollModuleMixin, is_normal, size_for, training_batches, validation_batches
+from toll_plugin.anomalib.base import TollModuleMixin, is_normal, normal_terms, size_for, validation_batches
 from toll_plugin.anomalib.callbacks import RestoreBestWeights
-from toll_plugin.anomalib.metrics import gathered, updated_anywhere
+from toll_plugin.anomalib.metrics import updated_anywhere
 from toll_plugin.anomalib.post_processor import TollPostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.anomalib.toll.torch_model import NetworkName, TollModel, build_network, check_finite
@@ -325,24 +325,10 @@ class Toll(TollModuleMixin, AnomalibModule):
         if self.score_scale == "none":
             self.model.score.measure(None)
             return
-        # A loader draws a number from the global generator when it starts: training must not depend on the score.
-        with torch.random.fork_rng(devices=[]):
-            terms = self._normal_terms(validation_batches(self))
-            if not len(terms.reconstruction):
-                terms = self._normal_terms(training_batches(self))
+        terms = normal_terms(self, lambda batch: self.model.reconstruct(batch.image, batch.image_path).terms)
         # A diverged network has no units. The validation that follows stops the fit.
-        if all(bool(term.isfinite().all()) for term in terms):
+        if terms is not None:
             self.model.score.measure(terms)
-
-    @torch.no_grad()
-    def _normal_terms(self, batches: Iterable[Batch]) -> TollTerms[Tensor]:
-        """Terms of the normal images among ``batches``, of all processes and in evaluation mode."""
-        found = [torch.empty(2, 0, device=self.device)]
-        with evaluating(self.model), self.trainer.precision_plugin.val_step_context():
-            for batch in batches:
-                terms = self.model.reconstruct(batch.image, batch.image_path).terms
-                found.append(torch.stack([*terms])[:, is_normal(batch)])
-        return TollTerms(*gathered(torch.cat(found, dim=1).T).T)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Predictions of a batch, and the loss of its normal images."""
