@@ -76,7 +76,8 @@ SMALL = {
     f"{_BENCHMARKS}paper --dataset arrhythmia": " --seeds 1 --iterations 40 --jobs 1",
     f"{_BENCHMARKS}paper": _PAPER,
     f"{_BENCHMARKS}stopping": " --sets [] --classes [1] --names [arrhythmia] --seeds 1 --iterations 30 --jobs 1",
-    f"{_BENCHMARKS}mixin --mvtec MVTecAD --roots": f"{_MIXIN} --names [small] --hosts [Ganomaly,AutoEncoder]",
+    f"{_BENCHMARKS}mixin --mvtec": f"{_MIXIN} --hosts [Ganomaly]",
+    f"{_BENCHMARKS}mixin --roots": " --names [small] --hosts [AutoEncoder] --seeds 1 --max_epochs 1 --jobs 1",
     f"{_BENCHMARKS}mixin --mvtec MVTecAD --hosts": _MIXIN,
 }
 
