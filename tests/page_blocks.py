@@ -56,7 +56,9 @@ SMALL = {
         "{odds: {root: ODDS, parts: [small]}}",
         "{TollDetector: {max_steps: 20}}, {TollDetector: {beta: 0.0, max_steps: 20}}",
     ),
-    f"{_BENCHMARKS}run adbench": _small("{adbench: {root: ODDS, parts: [small]}}", "{TollDetector: {max_steps: 20}}, KNN"),
+    f"{_BENCHMARKS}run adbench": _small(
+        "{adbench: {root: ODDS, parts: [small]}}", "{TollDetector: {max_steps: 20}}, KNN"
+    ),
     f"{_BENCHMARKS}run collapsed": _small(
         "{odds: {root: ODDS, parts: [small]}}", "{CollapsedAutoEncoder: {collapse_weight: auto, epoch_num: 1}}"
     ),
