@@ -50,6 +50,9 @@ SMALL = {
     f"{_BENCHMARKS}run score": _IMAGES,
     f"{_BENCHMARKS}run rare": _IMAGES,
     f"{_BENCHMARKS}run bottleneck": _IMAGES,
+    f"{_BENCHMARKS}run dimensions": _small(
+        "{gaussian: {parts: [16], rows: 50}}", "{TollDetector: {max_steps: 20}}, KNN"
+    ),
     f"{_BENCHMARKS}run selfsupervised": _small("{digits: {parts: [8]}}", "Rotations"),
     f"{_BENCHMARKS}run images": _small("{mnist: {parts: [3]}}", "Toll, KNN"),
     f"{_BENCHMARKS}run search": _small(
