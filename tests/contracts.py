@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,23 @@ def run_cli(*arguments: str, run: bool = True) -> AnomalibCLI:
     # and the command line refuses names that are not unique.
     gc.collect()
     return AnomalibCLI(args=list(arguments), run=run)
+
+
+def keep_onnx(monkeypatch: pytest.MonkeyPatch, kind: type, folder: Path) -> list[Path]:
+    """Copies of the ONNX files that models of a class write from now on.
+
+    An export to OpenVINO is one to ONNX, converted and thrown away: with its copy, one export serves to check both.
+    """
+    kept: list[Path] = []
+    to_onnx = kind.to_onnx
+
+    def keeping(*arguments: Any, **options: Any) -> Path:
+        path = to_onnx(*arguments, **options)
+        kept.append(shutil.copytree(path.parent, folder / f"onnx_{len(kept)}") / path.name)
+        return path
+
+    monkeypatch.setattr(kind, "to_onnx", keeping)
+    return kept
 
 
 class AnomalibModelContract:
@@ -154,7 +172,7 @@ class AnomalibModelContract:
 
     # --- exports
 
-    def test_exports_score_as_lightning_does(self, trained, mvtec_root, tmp_path):
+    def test_exports_score_as_lightning_does(self, trained, mvtec_root, tmp_path, monkeypatch):
         import onnxruntime
         import openvino
 
@@ -168,22 +186,23 @@ class AnomalibModelContract:
         raw.setup()
         images = torch.stack([raw.test_data[i].image for i in range(len(raw.test_data))]).as_subclass(torch.Tensor)
 
-        outputs = {}
-        for kind in (ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO):
-            path = engine(tmp_path).export(self.build(), kind, export_root=tmp_path, ckpt_path=checkpoint)
-            if kind is ExportType.TORCH:
-                exported = torch.load(path, weights_only=False)["model"].eval()
-                with torch.no_grad():
-                    result = exported(images)._asdict()
-            elif kind is ExportType.ONNX:
-                session = onnxruntime.InferenceSession(str(path))
-                names = [output.name for output in session.get_outputs()]
-                result = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
-            else:
-                # OpenVINO computes in bfloat16 by default where the processor can.
-                compiled = openvino.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-                result = compiled(images.numpy())
-            outputs[kind] = {name: np.asarray(result[name]).reshape(expected[name].shape) for name in expected}
+        onnx_files = keep_onnx(monkeypatch, type(self.build()), tmp_path)
+        torch_file, openvino_file = (
+            engine(tmp_path).export(self.build(), kind, export_root=tmp_path, ckpt_path=checkpoint)
+            for kind in (ExportType.TORCH, ExportType.OPENVINO)
+        )
+        with torch.no_grad():
+            results = {"torch": torch.load(torch_file, weights_only=False)["model"].eval()(images)._asdict()}
+        session = onnxruntime.InferenceSession(str(onnx_files[0]))
+        names = [output.name for output in session.get_outputs()]
+        results["onnx"] = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
+        # OpenVINO computes in bfloat16 by default where the processor can.
+        compiled = openvino.compile_model(str(openvino_file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        results["openvino"] = compiled(images.numpy())
+        outputs = {
+            kind: {name: np.asarray(result[name]).reshape(expected[name].shape) for name in expected}
+            for kind, result in results.items()
+        }
         for kind, output in outputs.items():
             for name, value in output.items():
                 np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6, err_msg=f"{kind} {name}")

@@ -50,11 +50,17 @@ SMALL = {
     f"{_BENCHMARKS}run score": _IMAGES,
     f"{_BENCHMARKS}run rare": _IMAGES,
     f"{_BENCHMARKS}run bottleneck": _IMAGES,
+    f"{_BENCHMARKS}run dimensions": _small(
+        "{gaussian: {parts: [16], rows: 50}}", "{TollDetector: {max_steps: 20}}, KNN"
+    ),
     f"{_BENCHMARKS}run selfsupervised": _small("{digits: {parts: [8]}}", "Rotations"),
     f"{_BENCHMARKS}run images": _small("{mnist: {parts: [3]}}", "Toll, KNN"),
     f"{_BENCHMARKS}run search": _small(
         "{odds: {root: ODDS, parts: [small]}}",
         "{TollDetector: {max_steps: 20}}, {TollDetector: {beta: 0.0, max_steps: 20}}",
+    ),
+    f"{_BENCHMARKS}run adbench": _small(
+        "{adbench: {root: ODDS, parts: [small]}}", "{TollDetector: {max_steps: 20}}, KNN"
     ),
     f"{_BENCHMARKS}run collapsed": _small(
         "{odds: {root: ODDS, parts: [small]}}", "{CollapsedAutoEncoder: {collapse_weight: auto, epoch_num: 1}}"
@@ -76,7 +82,8 @@ SMALL = {
     f"{_BENCHMARKS}paper --dataset arrhythmia": " --seeds 1 --iterations 40 --jobs 1",
     f"{_BENCHMARKS}paper": _PAPER,
     f"{_BENCHMARKS}stopping": " --sets [] --classes [1] --names [arrhythmia] --seeds 1 --iterations 30 --jobs 1",
-    f"{_BENCHMARKS}mixin --mvtec MVTecAD --roots": f"{_MIXIN} --names [small] --hosts [Ganomaly,AutoEncoder]",
+    f"{_BENCHMARKS}mixin --mvtec": f"{_MIXIN} --hosts [Ganomaly]",
+    f"{_BENCHMARKS}mixin --roots": " --names [small] --hosts [AutoEncoder] --seeds 1 --max_epochs 1 --jobs 1",
     f"{_BENCHMARKS}mixin --mvtec MVTecAD --hosts": _MIXIN,
 }
 

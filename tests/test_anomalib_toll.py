@@ -15,7 +15,7 @@ from anomalib.data import Folder, ImageBatch
 from anomalib.models import get_model
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from contracts import AnomalibModelContract, checkpoint_of, engine, run_cli
+from contracts import AnomalibModelContract, checkpoint_of, engine, keep_onnx, run_cli
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
@@ -158,7 +158,7 @@ def test_pre_processor_survives_its_configuration():
 
 
 @pytest.mark.parametrize("size", [(28, 28), (32, 32), (64, 64), (256, 256), (48, 80)])
-def test_torch_onnx_and_openvino_agree(size, tmp_path):
+def test_torch_onnx_and_openvino_agree(size, tmp_path, monkeypatch):
     import onnxruntime
     import openvino
 
@@ -172,10 +172,12 @@ def test_torch_onnx_and_openvino_agree(size, tmp_path):
         # As the engine does it: torchvision's resize, the model, the post-processor.
         expected = model.post_processor(model.model(model.pre_processor.transform(images)))
         outputs = {"torch": model(images)._asdict()}
-    session = onnxruntime.InferenceSession(str(model.to_onnx(tmp_path)))
+    onnx_files = keep_onnx(monkeypatch, Toll, tmp_path)
+    openvino_file = model.to_openvino(tmp_path)
+    session = onnxruntime.InferenceSession(str(onnx_files[0]))
     names = [output.name for output in session.get_outputs()]
     outputs["onnx"] = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
-    compiled = openvino.compile_model(str(model.to_openvino(tmp_path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.compile_model(str(openvino_file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     outputs["openvino"] = compiled(images.numpy())
     for kind, output in outputs.items():
         for name in ("pred_score", "anomaly_map"):

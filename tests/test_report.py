@@ -254,6 +254,34 @@ def test_markdown_leaves_out_what_the_heading_says():
     assert r"| B\|x " in text
 
 
+def test_protocols_with_and_without_copies_stand_side_by_side(tmp_path):
+    def both(part, copied, found):
+        return [
+            run(label, part, auroc=auroc, protocol=protocol, samples={"test": 30, "anomalies": 10, "copied": copies})
+            for label, values in found.items()
+            for protocol, auroc, copies in zip(("semi-supervised", "bootstrap"), values, (20, copied), strict=True)
+        ]
+
+    runs = both("few", 19, {"Toll": (0.8, 0.9), "KNN": (0.7, 0.98)})
+    runs += both("less", 11, {"Toll": (0.6, 0.8), "KNN": (0.5, 0.9)})
+    runs += both("many", 10, {"Toll": (0.9, 0.85), "KNN": (0.95, 0.85)})
+    title, _, *lines = markdown_table(runs).splitlines()[-6:]
+    assert title.startswith("**digits, semi-supervised and bootstrap side by side: AUROC** (of 3 parts, 2 where most ")
+    head, _, *rows = map(cells, lines)
+    groups = [f"{name}: {kind}" for name in ("copies", "others") for kind in ("semi-supervised", "bootstrap")]
+    assert head == ["method", *groups[:2], "copies: difference", *groups[2:], "others: difference"]
+    # The differences of Toll are 0.1 and 0.2, those of KNN 0.28 and 0.4.
+    assert rows == [
+        ["Toll", "**0.700**", "0.850", "+0.150 ± 0.050", "0.900", "**0.850**", "-0.050"],
+        ["KNN", "0.600", "**0.940**", "+0.340 ± 0.060", "**0.950**", "**0.850**", "-0.100"],
+    ]
+    leaking = [one for one in runs if one["configuration"]["protocol"] == "bootstrap"]
+    assert "side by side" not in markdown_table(leaking)
+    (tmp_path / "record.json").write_text(json.dumps(record(runs)))
+    report.report([tmp_path / "record.json"], tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("AUROC by both protocols") == 2  # a caption and its label
+
+
 def test_tables_have_ranks_and_differences_in_average_precision():
     runs = []
     for label, values in {"Toll": (0.9, 0.7), "Other": (0.8, 0.8)}.items():

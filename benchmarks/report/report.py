@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,31 @@ def report(
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
-    """A table for each group of runs, with the differences to Toll, what failed, and what others published."""
-    return "\n\n".join(_markdown(group, mine) for group, mine in comparison.grouped(runs).items())
+    """A table for each group of runs, with the differences to Toll, what failed, and what others published.
+
+    Where a data set was split with and without copies of test rows, another table has both.
+    """
+    groups = comparison.grouped(runs)
+    blocks = [_markdown(group, mine) for group, mine in groups.items()]
+    return "\n\n".join([*blocks, *(_both(group, groups) for group in groups if _twin(group) in groups)])
+
+
+def _twin(group: Group) -> Group | None:
+    """The group without copies that one with copies is compared with."""
+    return group._replace(protocol="semi-supervised") if group.protocol == "bootstrap" else None
+
+
+def _both(group: Group, groups: Mapping[Group | None, list[Run]]) -> str:
+    """The Markdown of :func:`tables.leak`."""
+    leaking = groups[group]
+    parts = len({str(run["configuration"]["part"]) for run in leaking})
+    copied = len(tables.copied_parts(leaking))
+    heading = f"**{group.dataset}, semi-supervised and bootstrap side by side: AUROC**"
+    told = (
+        f"(of {parts} parts, {copied} where most normal test rows of bootstrap are copies, and the others; difference: "
+        "bootstrap minus semi-supervised, mean ± standard error over parts)"
+    )
+    return f"{heading} {told}\n\n{_text(_frame(tables.leak(groups[_twin(group)], leaking)))}"
 
 
 def _markdown(group: Group, runs: list[Run]) -> str:
@@ -148,7 +171,8 @@ def _page(title: str, experiments: Sequence[Experiment]) -> str:
     for name, about, runs in experiments:
         groups: list[dict[str, Any]] = []
         swept: dict[tuple[str, str], list[Run]] = {}
-        for group, mine in comparison.grouped(runs).items():
+        by_group = comparison.grouped(runs)
+        for group, mine in by_group.items():
             swept.setdefault((group.kind, group.protocol), []).extend(mine)
             shown = {"heading": _heading(group), "extent": _extent(mine), "figures": drawings(mine)}
             shown |= {
@@ -156,6 +180,7 @@ def _page(title: str, experiments: Sequence[Experiment]) -> str:
                 "parts": tables.parts(mine),
                 "tested": tables.tested(mine),
                 "terms": tables.terms(mine),
+                "leak": tables.leak(by_group[twin], mine) if (twin := _twin(group)) in by_group else None,
             }
             groups.append(shown | {"remarks": [*tables.failures(mine), *tables.published(group, mine)[1]]})
         curves = [one for mine in swept.values() for one in sweeps(mine)]

@@ -102,6 +102,39 @@ def tested(runs: Sequence[Run]) -> Table:
     return Table(head, rows)
 
 
+def leak(clean: Sequence[Run], leaking: Sequence[Run]) -> Table:
+    """AUROC of two protocols side by side, apart for parts where most normal test rows are copies and for others.
+
+    Args:
+        clean: Runs by a protocol that copies no rows.
+        leaking: Runs of the same methods and parts by one that does.
+    """
+    means = [comparison.means(runs) for runs in (clean, leaking)]
+    table = Table([], {label: [] for label in comparison.ranking(clean) if label in means[1]})
+    copied = copied_parts(leaking)
+    for name, chosen in (("copies", True), ("others", False)):
+        one, other = (values[[(part in copied) == chosen for _, part in values.index]] for values in means)
+        gaps = other - one
+        if gaps.empty:
+            continue
+        table.head.extend(f"{name}: {head}" for head in ("semi-supervised", "bootstrap", "difference"))
+        columns = [_cells(values.mean(), 3, max) for values in (one, other)]
+        for label, row in table.rows.items():
+            error = f" ± {gaps[label].sem():.3f}" if gaps[label].count() > 1 else ""
+            row += [*(cells[label] for cells in columns), Cell(f"{gaps[label].mean():+.3f}{error}")]
+    return table
+
+
+def copied_parts(runs: Sequence[Run]) -> list[str]:
+    """Parts in which most normal test rows equal a training row."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        if samples := run.get("samples"):
+            share = samples.get("copied", 0) / (samples["test"] - samples["anomalies"])
+            found[str(run["configuration"]["part"])].append(share)
+    return [part for part, shares in found.items() if sum(shares) / len(shares) > 0.5]
+
+
 def choices(runs: Sequence[Run]) -> list[str]:
     """What choosing a number without labels gains over the smallest, for each family of variants."""
     texts = []
