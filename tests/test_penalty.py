@@ -378,3 +378,19 @@ def test_auto_pulls_as_hard_as_the_host_does(factor):
     (z * theirs).sum().backward()
     ours = torch.tensor([[0.6, 0.8], [0.0, 1.0]])  # of length sqrt(2)
     torch.testing.assert_close(latent.grad, theirs + 2 * 3 * factor / 2**0.5 * ours)
+
+
+def test_a_numeric_weight_is_applied_before_the_mean_is_divided():
+    # Multiplied after it, the last bits of losses and gradients would be others, and so would seeded fits.
+    draw = torch.Generator().manual_seed(0)
+    for weight in torch.rand(50, generator=draw).tolist():
+        z, normal = torch.randn(7, 5, generator=draw), torch.rand(7, generator=draw) < 0.6
+        collapse = TargetedCollapse("0", weight)
+        norms = torch.where(normal, z.norm(dim=1), 0)
+        assert torch.equal(collapse.loss(z, normal), weight * norms.sum() / normal.sum().clamp_min(1))
+        summed, pulled = (z.clone().requires_grad_() for _ in range(2))
+        (weight * summed.norm(dim=1).mean()).backward()
+        latent = pulled * 1
+        collapse.pull(latent)
+        (latent * 0).sum().backward()
+        assert torch.equal(pulled.grad, summed.grad)

@@ -183,25 +183,26 @@ class TargetedCollapse:
             normal: Which samples count, booleans ``(N,)``: the method must not pull anomalies,
                 synthetic ones neither, to the centre. Default: all. Where none does, the result
                 is zero.
-            reference: The loss that the term joins, a scalar; needed by ``"auto"``, which takes its size.
+            reference: The loss that the term joins, a scalar; needed by ``"auto"``. Its absolute value counts,
+                because the losses of some hosts are negative; where it is 0, so is the term.
 
         Raises:
             ValueError: If ``normal`` does not have one entry per sample, or ``reference`` is missing.
         """
-        mean = self._mean_norm(latent, normal)
         if self.weight != "auto":
-            return self.weight * mean
+            return self._weighted_mean(latent, normal, self.weight)
         if reference is None:
             msg = "weight='auto' needs the loss that the term joins, as reference, got None"
             raise ValueError(msg)
+        mean = self._weighted_mean(latent, normal, 1.0)
         weight: Tensor = relative_pressure(TollTerms(reference.detach().abs(), mean), self.strength)
         return weight * mean
 
-    def _mean_norm(self, latent: Tensor, normal: Tensor | None) -> Tensor:
-        """Mean norm of the samples that count."""
+    def _weighted_mean(self, latent: Tensor, normal: Tensor | None, weight: float) -> Tensor:
+        """Mean norm of the samples that count, times ``weight``."""
         if normal is None:
             norms = self.norms(latent)
-            return norms.mean() if len(norms) else norms.sum()
+            return weight * (norms.mean() if len(norms) else norms.sum())
         if normal.shape != latent.shape[:1]:
             msg = f"normal must have shape {tuple(latent.shape[:1])}, one entry per sample, got {tuple(normal.shape)}"
             raise ValueError(msg)
@@ -209,7 +210,7 @@ class TargetedCollapse:
         # Zeroed before the norm, so that an anomaly that overflows spoils no gradient; to select samples by a mask
         # would wait for the device.
         kept = torch.where(counts.view(-1, *[1] * (latent.ndim - 1)), latent, 0)
-        return self.norms(kept).sum() / counts.sum().clamp_min(1)
+        return weight * self.norms(kept).sum() / counts.sum().clamp_min(1)
 
     def score(self, latent: Tensor) -> Tensor:
         """Weighted norm per sample, ``(N,)``, to add to a score."""
@@ -228,12 +229,13 @@ class TargetedCollapse:
         self._check_trained(latent)
         with torch.enable_grad():
             leaf = latent.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self._mean_norm(leaf, None), leaf)
+            own = self._weighted_mean(leaf, None, 1.0 if self.weight == "auto" else self.weight)
+            (slope,) = torch.autograd.grad(own, leaf)
 
         def add(gradient: Tensor) -> Tensor:
             handle.remove()
             if self.weight != "auto":
-                return gradient + self.weight * slope
+                return gradient + slope
             lengths = TollTerms(*(torch.linalg.vector_norm(g) for g in (gradient, slope)))
             weight: Tensor = relative_pressure(lengths, self.strength)
             return gradient + weight * slope
