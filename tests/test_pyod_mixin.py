@@ -114,6 +114,14 @@ class TestEveryHost:
         with pytest.raises(NotFittedError):
             scores(clone(detector))
 
+    def test_a_refit_forgets_the_units(self, kind, host, arguments):  # noqa: ARG002
+        detector = self.fit(kind, arguments, collapse_weight="auto")
+        first = detector._collapse_units
+        _seeded(detector).fit(X * 2)
+        assert detector._collapse_units.score != first.score
+        _seeded(detector.set_params(collapse_weight=0.1)).fit(X)
+        assert detector._collapse_units is None
+
     def test_auto_without_strength_leaves_the_hosts_training_alone(self, kind, host, arguments):
         bare = self.fit(host, arguments)
         none = self.fit(kind, arguments, collapse_weight="auto", collapse_strength=0, collapse_score_weight=0)
