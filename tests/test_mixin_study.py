@@ -10,7 +10,7 @@ from scipy.io import savemat
 
 from benchmarks.data.tables import CHECK
 from benchmarks.run.store import RESULTS
-from benchmarks.studies.mixin import SCORES, TABLES, make_table, mixin, scores_of
+from benchmarks.studies.mixin import BATCH, SCORES, TABLES, make_table, mixin, scores_of
 from toll_plugin.pyod import CollapsedAutoEncoder
 
 
@@ -104,3 +104,13 @@ def test_defaults_are_not_chosen_by_tables_kept_for_the_check():
 def test_unknown_protocols_are_refused(tmp_path):
     with pytest.raises(ValueError, match="protocols must be one of 'semi-supervised', 'unsupervised', got 'bootstrap'"):
         mixin(protocols=("bootstrap",), output=tmp_path / "mixin.json")
+
+
+@pytest.mark.parametrize("protocol", ["semi-supervised", "unsupervised"])
+def test_no_row_is_alone_in_a_batch(protocol, root):
+    rng, y = np.random.default_rng(0), np.arange(97) < 32  # 65 to test on, or 97
+    savemat(root / "t.mat", {"X": rng.normal(size=(97, 4)), "y": y})
+    arguments = {"hosts": ("AE1SVM",), "names": ("t",), "protocols": (protocol,), "pressures": ()}
+    mixin(roots=[root], **arguments, seeds=1, max_epochs=1, jobs=1, output=root / "mixin.json")
+    assert 97 % BATCH == 1
+    assert len(json.loads((root / "mixin.json").read_text())["runs"]) == 2

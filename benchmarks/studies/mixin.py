@@ -36,6 +36,9 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
 #: Hosts among PyOD's detectors.
 DETECTORS = ("AutoEncoder", "VAE", "AE1SVM", "DeepSVDD")
 
+#: Rows per batch, of all of them by default.
+BATCH = 32
+
 #: The twenty tables that defaults may be chosen by, of ODDS and of ADBench.
 TABLES = (
     *SEARCH,
@@ -71,8 +74,14 @@ def _rows(name: str, protocol: str, seed: int, roots: list[Path], max_rows: int)
 
     x, y = load(name, roots, max_rows)
     train, test, labels = halves(x, y, seed) if protocol == "semi-supervised" else (x, x, y)
+    train, test, labels = (part[: _without_last(len(part))] for part in (train, test, labels))
     rows, tested = torch.from_numpy(train), torch.from_numpy(test)
     return Split(rows, rows[:0], tested, labels == 1)
+
+
+def _without_last(count: int) -> int:
+    """How many of ``count`` rows to keep so that none is alone in a batch, which AE1SVM can neither train nor score."""
+    return count - (count % BATCH == 1)
 
 
 def _run_images(
