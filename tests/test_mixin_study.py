@@ -14,7 +14,7 @@ from benchmarks.studies.mixin import BATCH, SCORES, TABLES, make_table, mixin, s
 from toll_plugin.pyod import CollapsedAutoEncoder
 
 
-@pytest.mark.parametrize("name", ["mixin", "mixin_ganomaly"])
+@pytest.mark.parametrize("name", ["mixin", "mixin_ganomaly", "mixin_tables"])
 def test_the_tables_of_committed_records_are_made_of_their_runs(name):
     record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     assert _cells(make_table(record["runs"])) == _cells(record["table"])
