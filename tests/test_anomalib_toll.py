@@ -27,10 +27,37 @@ from toll_plugin.core import DivergenceError, TollWarning
 VALIDATION_LOGS = frozenset({"val_loss", "val_reconstruction", "val_latent"})
 
 
+#: The form with a weight that is a number, a constant rate, and a choice of the weights by the held-out loss.
+PLAIN = {
+    "beta": 0.01,
+    "latent_dim": 32,
+    "scaling": "unit",
+    "lr": 1e-3,
+    "max_steps": None,
+    "restore_best_weights": True,
+    "patience": 20,
+}
+
+
+class StopAfter(Callback):
+    """Ends a fit after some epochs, as whoever interrupts it does."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        del pl_module
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
 class TestContract(AnomalibModelContract):
     name = "Toll"
     validation_logs = VALIDATION_LOGS
-    arguments = {"image_size": (24, 32), "latent_dim": 8, "beta": 0.1}  # noqa: RUF012
+    arguments = {"image_size": (24, 32), "latent_dim": 8}  # noqa: RUF012
+
+    def interrupted(self):
+        # The rate falls along the steps that the trainer allows, so a fit with other limits is another fit.
+        return {"max_epochs": 4, "callbacks": [StopAfter(2)]}
 
 
 class TestContractPaperNetwork(AnomalibModelContract):
@@ -48,6 +75,7 @@ class TestContractPaperNetwork(AnomalibModelContract):
         "score_scale": "median",
         "score_weight": 0.3,
         "scaling": "paper_mnist",
+        "max_steps": None,
     }
 
 
@@ -55,8 +83,15 @@ def _digits(**arguments):
     return DigitsOneVsRest(**{"normal_class": 8, "eval_batch_size": 2000} | arguments)
 
 
-def _toll(**arguments):
+def _own(**arguments):
+    """Toll at its defaults, on the digits."""
     return Toll(**{"image_size": 8, "in_channels": 1, "seed": 0, "visualizer": False} | arguments)
+
+
+def _toll(**arguments):
+    if arguments.get("pre_processor", True) is not True:
+        arguments = {"scaling": "standard"} | arguments
+    return _own(**PLAIN | arguments)
 
 
 def _fit(model, root, data=None, **arguments):
@@ -275,7 +310,7 @@ def test_val_loss_is_that_of_the_normal_images(tmp_path):
     [
         ({"beta": 0.5}, lambda *_: 0.5),
         (
-            {"beta": "auto", "strength": 0.5, "score_weight": 0.0},
+            {"beta": "auto", "strength": 0.5},
             lambda residual, norm: 0.5 * residual.item() / norm.item(),
         ),
     ],
@@ -567,6 +602,83 @@ def test_a_last_batch_of_one_image_trains(tmp_path):
     _fit(_toll(encoder=encoder, decoder=decoder), tmp_path, data, max_epochs=1)
 
 
+# --- the defaults: a budget of steps along which the rate falls to zero, and standardised pixels
+
+
+class Rates(Callback):
+    """Learning rate of each step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        del pl_module, batch, batch_idx
+        self.found.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(("max_steps", "max_epochs", "steps"), [(7, 50, 7), (600, 2, 6), (3, 1, 3), (1, 1, 1)])
+def test_the_rate_falls_along_the_steps_and_the_fit_ends_with_them(tmp_path, max_steps, max_epochs, steps):
+    data, rates = _digits(train_batch_size=40), Rates()
+    model = _own(max_steps=max_steps, lr=0.01)
+    runner = _fit(model, tmp_path, data, max_epochs=max_epochs, callbacks=[rates])
+    assert runner.trainer.global_step == steps
+    shares = [step / steps for step in range(steps)]
+    expected = [0.01 * min(1, 10 * (share + 1 / steps)) * math.cos(math.pi * share / 2) ** 2 for share in shares]
+    assert rates.found == pytest.approx(expected)
+    # The validation that follows the last step sets the threshold.
+    images = torch.stack([item.image for item in data.val_data]).as_subclass(torch.Tensor)
+    with torch.no_grad():
+        found = model.eval().model(model.pre_processor(images)).pred_score
+    assert float(found.max()) == pytest.approx(float(model.post_processor.image_threshold), rel=1e-5)
+
+
+def test_a_trainer_without_limits_ends_with_the_steps(tmp_path):
+    runner = _fit(_own(max_steps=5), tmp_path, max_epochs=-1)
+    assert runner.trainer.global_step == 5
+
+
+def test_pixels_are_standardised_by_the_training_images(tmp_path):
+    data, model = _digits(), _own()
+    data.setup()
+    pixels = torch.stack([item.image for item in data.train_data]).as_subclass(torch.Tensor).double().numpy()
+    assert model.pre_processor.is_open
+    _fit(model, tmp_path, data, max_epochs=1)
+    low, high = model.pre_processor.scaling_range
+    assert (low, high - low) == pytest.approx((pixels.mean(), pixels.std()), rel=1e-9)
+    scaled = model.pre_processor(torch.from_numpy(pixels).float())
+    torch.testing.assert_close(scaled.double().numpy(), (pixels - pixels.mean()) / pixels.std(), rtol=1e-4, atol=1e-5)
+    loaded = Toll.load_from_checkpoint(checkpoint_of(tmp_path, "Toll", "DigitsOneVsRest", "8"))
+    assert loaded.pre_processor.scaling_range == (low, high)
+    _fit(loaded, tmp_path / "other", _digits(normal_class=1), max_epochs=1)
+    assert loaded.pre_processor.scaling_range == (low, high)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loss", "weight", "scale"),
+    [
+        ({}, ("auto", 3.0), 1.0, "median"),
+        ({"strength": 0.0}, ("auto", 0.0), 0.0, "median"),
+        ({"beta": 0.0}, (0.0, 1.0), 0.0, "none"),
+        ({"beta": 10}, (10.0, 1.0), 10.0, "none"),
+        ({"beta": 10, "score_scale": "median"}, (10.0, 1.0), 1.0, "median"),
+        ({"beta": 0, "score_scale": "median"}, (0.0, 1.0), 0.0, "median"),
+        ({"score_weight": 0.25}, ("auto", 3.0), 0.25, "median"),
+    ],
+)
+def test_what_follows_from_beta(arguments, loss, weight, scale):
+    model = _own(**arguments)
+    assert (model.model.loss.beta, model.model.loss.strength) == loss
+    assert model.model.score.weight == weight
+    assert model.score_scale == model.hparams["score_scale"] == scale
+
+
+def test_a_strength_belongs_to_auto():
+    with pytest.raises(ValueError, match="strength belongs to beta='auto', got 3"):
+        _own(beta=1.0, strength=3.0)
+    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+        _own(max_steps=0)
+
+
 # --- a weight that follows the reconstruction, and terms in units of their own
 
 
@@ -587,12 +699,12 @@ def _units(model):
     return [float(unit) for unit in model.model.score.units]
 
 
-def test_auto_trains_and_its_held_out_loss_is_twice_the_reconstruction(tmp_path):
-    auto, plain = _toll(beta="auto", score_weight=0.5), _toll(beta=0.0)
+def test_auto_trains_and_its_held_out_loss_is_four_times_the_reconstruction(tmp_path):
+    auto, plain = _toll(beta="auto"), _toll(beta=0.0)
     logged = _fit(auto, tmp_path / "a", max_epochs=4).trainer.callback_metrics
     _fit(plain, tmp_path / "b", max_epochs=4)
-    assert float(logged["val_loss"]) == pytest.approx(2 * float(logged["val_reconstruction"]), rel=1e-5)
-    assert float(logged["train_loss"]) == pytest.approx(2 * float(logged["train_reconstruction"]), rel=1e-5)
+    assert float(logged["val_loss"]) == pytest.approx(4 * float(logged["val_reconstruction"]), rel=1e-5)
+    assert float(logged["train_loss"]) == pytest.approx(4 * float(logged["train_reconstruction"]), rel=1e-5)
     one, other = _network_state(auto), _network_state(plain)
     assert not torch.equal(one["encoder.0.weight"], other["encoder.0.weight"])
     data = _digits()
@@ -628,7 +740,7 @@ def test_units_are_the_medians_of_the_weights_that_are_kept(tmp_path, split, exp
     images = torch.stack([item.image for item in items][:20])
     terms = [term[:20] ** exponent for term in _terms(model, items)]
     found = model.model(images)
-    torch.testing.assert_close(found.pred_score, terms[0] / residual + 0.5 * terms[1] / latent, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.pred_score, terms[0] / residual + terms[1] / latent, rtol=1e-4, atol=1e-5)
     # The map is in the unit of its term.
     norm = found.anomaly_map.flatten(1).norm(dim=1) ** exponent
     torch.testing.assert_close(norm, terms[0] / residual, rtol=1e-4, atol=1e-5)
@@ -810,8 +922,8 @@ def test_a_training_step_waits_for_the_device_once(tmp_path, monkeypatch):
         ({"beta": -1.0}, ValueError, "beta must be finite and >= 0, got -1.0"),
         ({"beta": math.nan}, ValueError, "beta must be finite"),
         ({"beta": "none"}, TypeError, "beta must be a number of at least 0 or 'auto', got 'none'"),
-        ({"beta": "auto"}, ValueError, "score_scale='none' with beta='auto' needs a score_weight"),
-        ({"strength": 0.5}, ValueError, "strength belongs to beta='auto', got 0.5 with beta=0.01"),
+        ({"score_scale": "none"}, ValueError, "score_scale='none' with beta='auto' needs a score_weight"),
+        ({"beta": 0.01, "strength": 0.5}, ValueError, "strength belongs to beta='auto', got 0.5 with beta=0.01"),
         ({"beta": "auto", "score_weight": 1.0, "strength": -1}, ValueError, "strength must be finite and >= 0"),
         ({"score_scale": "mean"}, ValueError, "score_scale must be one of 'median', 'none', got 'mean'"),
         ({"score_weight": -0.5}, ValueError, "score_weight must be finite and >= 0, got -0.5"),

@@ -52,7 +52,7 @@ def test_a_constant_image_becomes_zeros(level):
     ("arguments", "message"),
     [
         (("mnist",), "scaling must be one of .*'paper_mnist'.*got 'mnist'"),
-        (("unit", (0, 1)), "scaling_range must be given with scaling='paper_cifar' only"),
+        (("unit", (0, 1)), "scaling_range must be given with scaling='standard' or 'paper_cifar' only"),
         (("paper_cifar", (1.0, 1.0)), r"scaling_range\[1\] must be finite and > 1"),
         (("paper_cifar", (0.0, float("nan"))), r"scaling_range\[1\] must be finite"),
         (("paper_cifar", (0.0, 1.0, 2.0)), "scaling_range must be a pair"),

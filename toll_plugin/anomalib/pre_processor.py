@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from anomalib.data import Batch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.transforms.v2.functional import is_pure_tensor
 
+from toll_plugin.anomalib.toll.torch_model import check_finite
 from toll_plugin.core.checks import check_image_size
 from toll_plugin.core.image_scaling import MEASURED, ImageScaling, contrast_range, standard_range
 from toll_plugin.core.resize import resize_matrix
@@ -121,19 +123,27 @@ class TollPreProcessor(PreProcessor):
             return -low, high, 0.0
         return float(values.numel()), float(values.sum()), float(values.square().sum())
 
+    def _measure(self, batch: Batch) -> tuple[float, float, float]:
+        check_finite(batch.image, batch.image_path)
+        return self.measure(batch.image)
+
     def close(self, scaling_range: Sequence[float]) -> None:
         """Set the range that was left open."""
         self._configure(self.image_size, self.scaling, scaling_range)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the range on the training images if it was left open."""
+        """Measure the range on the training images if it was left open.
+
+        Raises:
+            ValueError: If an image is not finite; it names it.
+        """
         if not self.is_open:
             return
         trainer.fit_loop.setup_data()  # before any batch is scaled, so before Lightning does it
         batches: Any = trainer.train_dataloader
         # A loader draws from the global generator when it starts: what follows must not depend on the scaling.
         with torch.random.fork_rng(devices=[]):
-            found = torch.tensor([self.measure(batch.image) for batch in batches], dtype=torch.float64)
+            found = torch.tensor([self._measure(batch) for batch in batches], dtype=torch.float64)
         paper = self.scaling == "paper_cifar"
         own = found.amax(dim=0) if paper else found.sum(dim=0)
         # Each process has its share of the images. Some accelerators have no double, so it goes in two floats.
