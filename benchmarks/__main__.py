@@ -14,6 +14,7 @@ from benchmarks.costs.speed import speed
 from benchmarks.report.readme import readme
 from benchmarks.report.report import report
 from benchmarks.run.experiment import list_, run, with_experiment
+from benchmarks.studies.collapse import collapse
 from benchmarks.studies.linear import linear
 from benchmarks.studies.mixin import mixin
 from benchmarks.studies.paper import paper
@@ -34,6 +35,7 @@ def main() -> None:
         "overhead": overhead,
         "paper": paper,
         "rays": rays,
+        "collapse": collapse,
         "readme": readme,
         "speed": speed,
         "stopping": stopping,

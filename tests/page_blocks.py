@@ -76,6 +76,8 @@ SMALL = {
     f"{_BENCHMARKS}deployment": " --images 4 --coresets [] --image_size 64 --repeats 1",
     f"{_BENCHMARKS}linear": " --steps 20 --seeds 1 --betas [0.3] --figure linear.png",
     f"{_BENCHMARKS}rays": " --size 40 --seeds 1 --max_steps 5 --figure rays.svg",
+    f"{_BENCHMARKS}collapse": " --normal_class 3 --size 8 --steps 2 --figure collapse.svg",
+    f"{_BENCHMARKS}run classes": _small("{mnist: {parts: [3]}}", "{Toll: {max_steps: 2}}, KNN"),
     f"{_BENCHMARKS}overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
     f"{_BENCHMARKS}imports": " --repeats 1",
     f"{_BENCHMARKS}speed": " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 30000",

@@ -2,7 +2,7 @@
 
 from toll_plugin._public import publish
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, TollWarning
-from toll_plugin.core.image_scaling import ImageScaling, contrast_normalise, contrast_range
+from toll_plugin.core.image_scaling import ImageScaling, contrast_normalise, contrast_range, standard_range
 from toll_plugin.core.layers import LayerPass
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, DenseAutoencoder
 from toll_plugin.core.objective import (
@@ -28,6 +28,7 @@ from toll_plugin.core.tables.model import Measure, TableMember, TableModel
 from toll_plugin.core.tables.scaling import TableScaling
 from toll_plugin.core.training.divergence import DivergenceError
 from toll_plugin.core.training.fit import History, fit, fit_ensemble, terms_of
+from toll_plugin.core.training.optimizers import cosine_adam
 from toll_plugin.core.training.options import TrainingOptions
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "TrainingOptions",
     "contrast_normalise",
     "contrast_range",
+    "cosine_adam",
     "fit",
     "fit_ensemble",
     "fit_patches",
@@ -68,6 +70,7 @@ __all__ = [
     "latent_norm",
     "rehearse",
     "relative_pressure",
+    "standard_range",
     "terms_of",
     "terms_of_residual",
     "toll_score",

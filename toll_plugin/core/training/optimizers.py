@@ -138,6 +138,15 @@ def cosine_adam(lr: float, steps: int) -> MakeOptimizer:
     Raises:
         TypeError: If ``lr`` is no number, or ``steps`` no integer.
         ValueError: If ``lr`` is not finite and more than 0, or ``steps`` less than 1.
+
+    Example:
+        >>> import torch
+        >>> from toll_plugin.core import ConvAutoencoder, TollLoss, fit
+        >>> net, steps = ConvAutoencoder(8, latent_dim=4, width=4), 3
+        >>> images, optimizer = torch.rand(16, 1, 8, 8), cosine_adam(5e-4, steps)
+        >>> history = fit(net, images, TollLoss("auto"), optimizer=optimizer, max_steps=steps)
+        >>> len(history.total)
+        3
     """
     lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
     steps = check_integer("steps", steps, minimum=1)
