@@ -245,7 +245,8 @@ class CollapsedPlain(TargetedCollapseMixin, PlainAutoencoder):
 def test_a_plain_autoencoder_with_the_mixin_is_toll():
     images = torch.rand(24, 3, 16, 16)
     theirs = CollapsedPlain(collapse_pool="flatten", pre_processor=False, evaluator=False, visualizer=False)
-    ours = Toll(image_size=16, beta=0.1, pre_processor=False, evaluator=False, visualizer=False)
+    given = {"latent_dim": 32, "lr": 1e-3, "max_steps": None, "pre_processor": False}
+    ours = Toll(image_size=16, beta=0.1, **given, evaluator=False, visualizer=False)
     for name, value in theirs.model.network.state_dict().items():
         ours.model.network.state_dict()[name].copy_(value)
     optimizers = theirs.configure_optimizers(), ours.configure_optimizers()

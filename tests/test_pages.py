@@ -97,13 +97,14 @@ def test_the_main_table_is_that_of_the_records():
     head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in main_table().splitlines())
     assert head == ["data", "Toll", "its twin, beta 0", "best other", "verdict"]
     assert len(rows) == 9
-    digits, _, _, cars, screw, normal, contaminated, arrhythmia, inspection = (row[1:4] for row in rows)
+    digits, mnist, _, cifar, screw, normal, contaminated, arrhythmia, inspection = (row[1:4] for row in rows)
     assert digits == [
         f"Toll {_mean('digits', 'Toll'):.3f}",
         f"{_mean('digits', 'Toll (beta=0)'):.3f}",
         f"DenoisingAE {_mean('digits', 'DenoisingAE'):.3f}",
     ]
-    assert cars[2] == f"DFM {_mean('images', 'DFM', dataset='cifar10'):.3f}"
+    assert mnist[1] == f"{_mean('classes', 'Toll (beta=0)', dataset='mnist'):.3f}"
+    assert cifar[2] == f"KNN {_mean('classes', 'KNN', dataset='cifar10'):.3f}"
     for cell, label in zip(screw, ("PatchToll", "PatchToll (beta=0)", "PatchCore"), strict=True):
         assert cell.endswith(f"{_mean('patches', label):.3f}, {_mean('patches', label, 'pro'):.3f}")
     for row, protocol in ((normal, "semi-supervised"), (contaminated, "unsupervised")):
