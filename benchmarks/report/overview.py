@@ -34,7 +34,7 @@ def overview(path: Path) -> None:
         above, below = figure.subfigures(2, height_ratios=(1, 1.45), hspace=0.03)
         _norms(
             above,
-            {"without the term (β = 0)": digits["Toll (beta=0)"], "with the term (β = 1)": digits["Toll (beta=1)"]},
+            {"without the term (β = 0)": digits["Toll (beta=0)"], "with the term": digits["Toll"]},
         )
         _maps(below, {name: screws[name]["examples"] for name in ("PatchToll", "PatchCore")})
         stream = BytesIO()
