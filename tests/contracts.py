@@ -235,7 +235,7 @@ class AnomalibModelContract:
             run_cli(verb, "--model", self.name, "--config", str(config), "--ckpt_path", checkpoint)
         plain = ["--model", self.name]
         for name, value in self.arguments.items():
-            plain += [f"--model.{name}", str(value).replace("(", "[").replace(")", "]")]
+            plain += [f"--model.{name}", "null" if value is None else str(value).replace("(", "[").replace(")", "]")]
         image = str(mvtec_root / "part/test/spot/000.png")
         run_cli("predict", *plain, "--data", image, "--ckpt_path", checkpoint)
         run_cli("export", *plain, "--export_type", "onnx", "--ckpt_path", checkpoint)
