@@ -173,7 +173,7 @@ def collapse(
     if not len(train):
         msg = f"normal_class must be one of {dataset}, got {normal_class}"
         raise ValueError(msg)
+    record = {"command": "collapse", **provenance(), "dataset": dataset, "normal_class": normal_class, "size": size}
     runs = {name: watch(train, test, anomalous, loss, steps) for name, loss in LOSSES.items()}
     plot(figure, runs, f"{dataset}, class {normal_class} normal")
-    record = {"command": "collapse", **provenance(), "dataset": dataset, "normal_class": normal_class, "size": size}
     finish(output, {**record, "table": table(runs), "runs": runs})

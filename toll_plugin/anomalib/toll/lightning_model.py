@@ -188,7 +188,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         check_option("network", network, get_args(NetworkName))
         if isinstance(pre_processor, TollPreProcessor):
             scaling, scaling_range = pre_processor.scaling, pre_processor.scaling_range
-        elif pre_processor is not True and (scaling, scaling_range) != ("standard", None):
+        elif pre_processor is not True and (scaling not in {"standard", "unit"} or scaling_range is not None):
             msg = f"scaling reaches the default pre_processor only, got scaling={scaling!r} and another pre_processor"
             raise ValueError(msg)
         image_size = size_for(image_size, pre_processor)
