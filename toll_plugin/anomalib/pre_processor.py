@@ -10,6 +10,7 @@ import torch
 from anomalib.data import Batch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import Compose, Resize, Transform
@@ -142,7 +143,7 @@ class TollPreProcessor(PreProcessor):
         trainer.fit_loop.setup_data()  # before any batch is scaled, so before Lightning does it
         batches: Any = trainer.train_dataloader
         # A loader draws from the global generator when it starts: what follows must not depend on the scaling.
-        with torch.random.fork_rng(devices=[]):
+        with isolate_rng(include_cuda=False):
             found = torch.tensor([self._measure(batch) for batch in batches], dtype=torch.float64)
         paper = self.scaling == "paper_cifar"
         own = found.amax(dim=0) if paper else found.sum(dim=0)

@@ -131,17 +131,17 @@ class ImageScaling(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Scale a batch."""
-        if self.name == "paper_cifar":
+        if self.name in MEASURED:
             if self.value_range is None:
+                if self.name == "standard":
+                    return images
                 msg = "scaling_range of scaling='paper_cifar' is not known yet: fit the model, or pass it"
                 raise RuntimeError(msg)
             low, high = self.value_range
-            return (contrast_normalise(images) - low) / (high - low)
-        if self.name == "unit" or (self.name == "standard" and self.value_range is None):
+            values = contrast_normalise(images) if self.name == "paper_cifar" else images
+            return (values - low) / (high - low)
+        if self.name == "unit":
             return images
-        if self.name == "standard" and self.value_range is not None:
-            low, high = self.value_range
-            return (images - low) / (high - low)
         return (images - self._mean) / self._deviation
 
     def extra_repr(self) -> str:

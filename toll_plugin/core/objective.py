@@ -326,11 +326,6 @@ class TollLoss(nn.Module):
         """Weight of the latent term in the score: beta, or the strength, of terms that are :func:`in_units`."""
         return self.strength if self.beta == "auto" else self.beta
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the latent has no part in the loss, which then is that of a plain autoencoder."""
-        return self.weight == 0
-
     def terms(self, x: ArrayT, reconstruction: ArrayT, latent: ArrayT) -> TollTerms[ArrayT]:
         """Unweighted per-sample terms, see :func:`toll_terms`."""
         return toll_terms(x, reconstruction, latent, exponent=self.exponent)

@@ -175,7 +175,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         score_scale = score_scale or ("median" if beta == "auto" else "none")
         loss = TollLoss(beta, strength=_strength(beta, strength), exponent=exponent)
         weight = check_score_weight(
-            score_weight, beta=beta, score_scale=score_scale, default=0.0 if loss.is_plain else _SCORE_WEIGHT
+            score_weight, beta=beta, score_scale=score_scale, default=0.0 if loss.weight == 0 else _SCORE_WEIGHT
         )
         lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
         latent_dim = check_integer("latent_dim", latent_dim, minimum=1)
@@ -252,7 +252,7 @@ class Toll(TollModuleMixin, AnomalibModule):
             return optimizer
         limit = self.trainer.estimated_stepping_batches  # negative or infinite where the trainer has no limit
         steps = min(self.max_steps, int(limit)) if 0 < limit < math.inf else self.max_steps
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_share_of_rate, steps=steps))
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(cosine_rate, 1.0, steps=steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -408,10 +408,6 @@ def _strength(beta: Beta, strength: float | None) -> float:
     if strength is not None:
         return strength
     return _STRENGTH if beta == "auto" else 1.0
-
-
-def _share_of_rate(step: int, steps: int) -> float:
-    return cosine_rate(1.0, step, steps)
 
 
 class _StopByValLoss(EarlyStopping):
