@@ -107,12 +107,12 @@ def test_average_and_interpolation_by_hand():
     found = _model(3).embed(images)[0]
     # The fine layer has 2 by 4 cells, of which (0, 2) holds 36: a sixth of the six cells around (0, 2),
     # and of those around its neighbours, but a quarter at the edge, where there are four.
-    assert found[1].tolist() == [[0.0, 6.0, 6.0, 9.0], [0.0, 6.0, 6.0, 9.0]]
+    torch.testing.assert_close(found[1], torch.tensor([[0.0, 6.0, 6.0, 9.0]] * 2))
     # The coarse layer has 1 by 2, the second of which holds 36: a half, which interpolation keeps.
-    assert found[0].tolist() == [[18.0] * 4] * 2
+    torch.testing.assert_close(found[0], torch.full((2, 4), 18.0))
     # Pixel (0, 4) is a sixth of the averages in the first row, 6, and a ninth in the second, 4, from
     # column 3 to 5; positions span two rows and two columns, so they see 0 0, 0 1, 1 1 and 0 0 of it.
-    assert found[4].tolist() == [[0.0, 2.5, 5.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    torch.testing.assert_close(found[4], torch.tensor([[0.0, 2.5, 5.0, 0.0], [0.0] * 4]))
     alone = _model(1).embed(images)[0, 0]
     # Cell centres lie at a quarter and three quarters: in between, a quarter and three quarters of 36.
     torch.testing.assert_close(alone, torch.tensor([[0.0, 9.0, 27.0, 36.0]] * 2))
