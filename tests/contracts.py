@@ -173,6 +173,7 @@ class AnomalibModelContract:
         loaded = type(trained[0]).load_from_checkpoint(trained[-1])
         for name, value in trained[0].state_dict().items():
             torch.testing.assert_close(loaded.state_dict()[name], value, equal_nan=True, msg=name)
+        assert loaded.post_processor.promise == trained[0].post_processor.promise != {}
 
     # --- exports
 
@@ -196,7 +197,8 @@ class AnomalibModelContract:
             for kind in (ExportType.TORCH, ExportType.OPENVINO)
         )
         with torch.no_grad():
-            results = {"torch": torch.load(torch_file, weights_only=False)["model"].eval()(images)._asdict()}
+            exported = torch.load(torch_file, weights_only=False)["model"].eval()
+            results = {"torch": exported(images)._asdict()}
         session = onnxruntime.InferenceSession(str(onnx_files[0]))
         names = [output.name for output in session.get_outputs()]
         results["onnx"] = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
@@ -210,6 +212,11 @@ class AnomalibModelContract:
         for kind, output in outputs.items():
             for name, value in output.items():
                 np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6, err_msg=f"{kind} {name}")
+        promise = {f"toll_{name}": f"{value:.6g}" for name, value in exported.post_processor.promise.items()}
+        assert {"toll_held_out", "toll_confidence", "toll_false_alarms"} <= set(promise)
+        assert session.get_modelmeta().custom_metadata_map.items() >= promise.items()
+        kept = openvino.Core().read_model(openvino_file)
+        assert {name: str(kept.get_rt_info(["framework", name]).astype(str)) for name in promise} == promise
 
     # --- the command line
 

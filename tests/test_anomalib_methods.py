@@ -23,6 +23,7 @@ FAST = {
     "Toll": {"beta": 0.3},
     "PaDiM": {"n_features": 8},
     "PatchCore": {},
+    "Subspace": {},
     "DFKDE": {"n_pca_components": 2},
     "GANomaly": {"n_features": 4, "latent_vec_size": 8},
     "CollapsedGanomaly": {"n_features": 4, "latent_vec_size": 8, "collapse_score_weight": 0.5},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from toll_plugin.anomalib.patch_toll import backbone as backbone_module
 from toll_plugin.anomalib.patch_toll.backbone import load_backbone
 from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor
-from toll_plugin.core import DenseAutoencoder, PatchAutoencoder, TollLoss
+from toll_plugin.core import DenseAutoencoder, PatchAutoencoder, TollLoss, promised_rate, threshold_rank
 from toll_plugin.core.patches.model import enlarge
 
 
@@ -572,14 +573,60 @@ def test_the_configuration_goes_through_a_checkpoint():
     original = _calibrated(torch.arange(1.0, 20.0), 0.9, image_sensitivity=0.4)
     config = original.checkpoint_config()
     assert config["quantile"] == 0.9
+    promise = config.pop("promise")  # 20 * 0.9: the second largest of 19
+    assert promise == {"held_out": 19, "quantile": 0.9, "confidence": 0.95, "false_alarms": promised_rate(19, 18)}
+    assert config.pop("confidence") is None
     assert all(isinstance(value, bool | float) for value in config.values())  # plain, for weights_only
+    config |= {"promise": promise, "confidence": None}
     restored = QuantilePostProcessor(0.5)
     restored.load_checkpoint_config(config)
     restored.load_state_dict(original.state_dict())
-    assert (restored.quantile, restored.image_sensitivity) == (0.9, 0.4)
+    assert (restored.quantile, restored.confidence, restored.image_sensitivity) == (0.9, None, 0.4)
+    assert restored.promise == promise
     assert restored.image_threshold == original.image_threshold == 18
     restored.calibrate(_maps(torch.arange(1.0, 10.0)))
     assert restored.image_threshold == 9  # 10 * 0.9, and not 5
+
+
+def test_a_confidence_asks_for_a_higher_threshold():
+    scores = torch.arange(1.0, 201.0)
+    average, sure = _calibrated(scores, 0.9), _calibrated(scores, 0.9, confidence=0.95)
+    assert average.image_threshold == 181  # 201 * 0.9, rounded up
+    assert sure.image_threshold == threshold_rank(200, 0.9, 0.95) == 188
+    assert average.promise["false_alarms"] > 0.1 >= sure.promise["false_alarms"]
+    assert sure.promise["confidence"] == 0.95
+
+
+@pytest.mark.parametrize(
+    ("n", "quantile", "confidence", "few"),
+    [
+        (18, 0.95, None, "too few for quantile 0.95, which takes 19"),
+        (19, 0.95, None, ""),
+        (58, 0.95, 0.95, "too few for quantile 0.95, which takes 59"),
+        (59, 0.95, 0.95, ""),
+        (5, 1.0, None, ""),
+    ],
+)
+def test_what_held_out_images_promise_is_said(n, quantile, confidence, few, caplog):
+    with caplog.at_level(logging.INFO, "toll_plugin"):
+        _calibrated(torch.rand(n), quantile, confidence=confidence)
+    (record,) = caplog.records
+    assert record.levelname == ("WARNING" if few else "INFO")
+    assert f"{n} held-out images{', ' if few else ''}{few}: with 95 % confidence at most" in record.getMessage()
+
+
+def test_copies_of_an_image_promise_nothing(caplog):
+    post_processor = _calibrated(torch.rand(30), 0.9)
+    with caplog.at_level(logging.INFO, "toll_plugin"):
+        post_processor.calibrate(_maps(torch.arange(1.0, 20.0)), independent=False)
+    assert post_processor.image_threshold == 18
+    assert (post_processor.promise, caplog.records) == ({}, [])
+
+
+@pytest.mark.parametrize("confidence", [0, 1, 1.5, math.nan])
+def test_bad_confidences_are_refused(confidence):
+    with pytest.raises(ValueError, match="confidence must be"):
+        QuantilePostProcessor(0.9, confidence)
 
 
 class _Holder:

@@ -215,7 +215,9 @@ def test_training_images_are_held_out_where_validation_has_anomalies(
 
 
 def test_copies_of_an_image_are_held_out_together(mvtec_root, tmp_path, fitted_to):
-    _fit(_model(passes=2), tmp_path, _data(mvtec_root, val_split_mode="same_as_test"))
+    model = _model(passes=2)
+    _fit(model, tmp_path, _data(mvtec_root, val_split_mode="same_as_test"))
+    assert model.post_processor.promise == {}
     ((_, rows, held_out),) = fitted_to
     assert (len(rows), len(held_out)) == (2 * 10 * 96, 2 * 2 * 96)
     # Without augmentations copies are equal, and positions of two images of this noisy data are not.
@@ -602,7 +604,9 @@ def test_images_of_several_sizes_are_refused_without_a_pre_processor(tmp_path):
         ({"neighbourhood": 2}, ValueError, "neighbourhood must be odd, got 2"),
         ({"quantile": 1.5}, ValueError, "quantile must be in"),
         ({"quantile": 0}, ValueError, "quantile must be finite and > 0"),
-        ({"quantile": 0.9, "post_processor": False}, ValueError, "quantile must be None where post_processor"),
+        ({"quantile": 0.9, "post_processor": False}, ValueError, "quantile and confidence must be None where post_"),
+        ({"confidence": 0.9, "post_processor": False}, ValueError, "quantile and confidence must be None where post_"),
+        ({"confidence": 1}, ValueError, r"confidence must be in \(0, 1\), got 1"),
         ({"beta": -1}, ValueError, "beta must be finite and >= 0"),
         ({"beta": "none"}, TypeError, "beta must be a number of at least 0 or 'auto', got 'none'"),
         ({"beta": "auto"}, ValueError, "score_scale='none' with beta='auto' needs a score_weight"),

@@ -7,6 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -168,12 +169,15 @@ class EngineDetector(Detector):
 
 
 def _kind(name: str) -> Any:
+    module, _, name = name.rpartition(".")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import anomalib.models
 
         import toll_plugin.anomalib as adapter
 
+    if module:
+        return getattr(import_module(module), name)
     return getattr(adapter, name, None) or getattr(anomalib.models, name)
 
 

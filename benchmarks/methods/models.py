@@ -41,7 +41,7 @@ class Model(NamedTuple):
     """How a model is trained where nobody says otherwise.
 
     Attributes:
-        kind: Its class in ``anomalib.models``.
+        kind: Its class in ``anomalib.models`` or this package, or the path of another.
         arguments: Of its constructor, beyond its defaults.
         predict: What it says of a batch, before any mapping of scores.
         backbone: Whether it needs a pretrained network of the experiment's choice.
@@ -174,6 +174,8 @@ MODELS: dict[str, Model] = {
     "PatchToll": Model("PatchToll", _patch_toll, _predict_patch_toll, batch_size=16),
     "PatchCore": Model("Patchcore", _patchcore, _predict),
     "PaDiM": Model("Padim", _backbone, _predict),
+    # PatchToll without its network.
+    "Subspace": Model("benchmarks.methods.subspace.Subspace", _backbone, _predict),
     "DFM": Model("Dfm", lambda task: {**_backbone(task), "layer": "layer3"}, _predict),
     "DFKDE": Model("Dfkde", lambda task: {**_backbone(task), "layers": ["layer3"]}, _predict_dfkde),
     "FRE": Model("Fre", _fre, _predict, steps=200),

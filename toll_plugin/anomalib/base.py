@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ __all__ = [
     "size_of",
     "training_batches",
     "validation_batches",
+    "write_metadata",
 ]
 
 
@@ -95,12 +96,15 @@ class TollModuleMixin(_Base):
 
         anomalib asks for opset 14. The exporter's conversion to it fails, prints a traceback, and leaves
         opset 18 anyway. Without a pre-processor nothing resizes images, so the exported model takes them in
-        the network's size only.
+        the network's size only. What the post-processor promises is written into the metadata.
         """
         kwargs.setdefault("opset_version", 18)
         if input_size is None and self.pre_processor is None:
             input_size = self._image_size
         path: Path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        write_metadata(
+            path, {f"toll_{name}": value for name, value in getattr(self.post_processor, "promise", {}).items()}
+        )
         return path
 
     @classmethod
@@ -123,6 +127,18 @@ class TollModuleMixin(_Base):
         """Restore the classes of pre- and post-processor, then what anomalib restores."""
         restore_components(self, checkpoint)
         super().on_load_checkpoint(checkpoint)
+
+
+def write_metadata(path: Path, entries: Mapping[str, float]) -> None:
+    """Add entries to the metadata of an ONNX file; OpenVINO's conversion keeps them as ``framework`` of its own."""
+    if not entries:
+        return
+    import onnx  # noqa: PLC0415  an extra, which the export has needed already
+
+    model = onnx.load(path, load_external_data=False)
+    for key, value in entries.items():
+        model.metadata_props.add(key=key, value=f"{value:.6g}")
+    onnx.save(model, path)
 
 
 def size_of(pre_processor: nn.Module | bool) -> tuple[int, int] | None:

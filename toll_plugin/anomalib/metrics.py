@@ -22,18 +22,24 @@ class ScoreThreshold(F1AdaptiveThreshold):
     Args:
         field: The batch's field of scores, ``"pred_score"`` or ``"anomaly_map"``.
         target: Its field of labels, ``"gt_label"`` or ``"gt_mask"``. Batches without it are left out.
+
+    Attributes:
+        held_out: Scores that the last threshold is the largest of; 0 where there were anomalies.
     """
 
     def __init__(self, field: str, target: str) -> None:
         super().__init__(fields=[field, target], strict=False, normalization=None)
+        self.held_out = 0
 
     def compute(self) -> Tensor:
         """The threshold, a scalar."""
+        preds, self.held_out = dim_zero_cat(self.preds), 0
         if not (dim_zero_cat(self.target) == 1).any():
-            self.value: Tensor = dim_zero_cat(self.preds).max()
+            self.value: Tensor = preds.max()
+            self.held_out = preds.numel()
             return self.value
         threshold: Tensor = super().compute()
-        lower = (preds := dim_zero_cat(self.preds))[preds < threshold]
+        lower = preds[preds < threshold]
         return (threshold + lower.max()) / 2 if len(lower) else threshold - 1
 
 

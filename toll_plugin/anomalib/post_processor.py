@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +16,14 @@ from torchmetrics import MaxMetric
 
 from toll_plugin.anomalib.metrics import ScoreThreshold, updated_anywhere
 from toll_plugin.core.checks import check_finite_float
+from toll_plugin.core.guarantee import images_needed, promised_rate, threshold_rank
 
 __all__ = ["QuantilePostProcessor", "TollPostProcessor"]
+
+_logger = logging.getLogger(__name__)
+
+#: Of the rate that is stated, where none was asked for.
+_CONFIDENCE = 0.95
 
 
 class TollPostProcessor(PostProcessor):
@@ -34,6 +40,13 @@ class TollPostProcessor(PostProcessor):
     - Without masks, the pixel threshold is the largest map value of a normal validation image;
       anomalib would put the image threshold, which has another unit, on the map.
 
+    Attributes:
+        promise: Where held-out normal images alone gave the image threshold: their number, ``held_out``; the
+            ``quantile`` and the ``confidence`` that were asked for, or 0.95; and ``false_alarms``, the rate at which
+            further normal images are flagged at most, at that confidence (see :func:`toll_plugin.core.promised_rate`,
+            which takes them to be like the held-out ones, and a sensitivity of 0.5). Else empty. Checkpoints and
+            exports keep it, ONNX and OpenVINO in their metadata, by names that begin with ``toll_``.
+
     Example:
         >>> import torch
         >>> TollPostProcessor()._normalize(*map(torch.tensor, (9.0, 1.0, 3.0, 3.0)))
@@ -46,6 +59,15 @@ class TollPostProcessor(PostProcessor):
         self._image_threshold_metric = ScoreThreshold("pred_score", "gt_label")
         self._pixel_threshold_metric = ScoreThreshold("anomaly_map", "gt_mask")
         self._normal_pixel_max = MaxMetric()
+        self.promise: dict[str, float] = {}
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "promise")
+
+    def _promise(self, held_out: int, rank: int, confidence: float, **asked: float) -> None:
+        rate = promised_rate(held_out, rank, confidence)
+        self.promise = {"held_out": held_out, "confidence": confidence, "false_alarms": rate, **asked}
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: Any, **kwargs: Any
@@ -69,10 +91,15 @@ class TollPostProcessor(PostProcessor):
         has_masks, has_normals = updated_anywhere(self._pixel_threshold_metric, self._normal_pixel_max)
         if has_masks and not self._pixel_threshold_metric.update_called:
             self._pixel_threshold_metric.update(_no_pixels(self._pixel_threshold.device))
+        decided = self.enable_thresholding and self._image_threshold_metric.update_called
         super().on_validation_epoch_end(trainer, pl_module)
         if self.enable_thresholding and not has_masks and has_normals:
             self._pixel_threshold.copy_(self._normal_pixel_max.compute())
         self._normal_pixel_max.reset()
+        if decided:
+            self.promise = {}
+            if held_out := self._image_threshold_metric.held_out:
+                self._promise(held_out, held_out, _CONFIDENCE)
 
     @staticmethod
     def _normalize(
@@ -104,21 +131,25 @@ class QuantilePostProcessor(TollPostProcessor):
     Of n held-out scores the threshold is the :math:`\lceil (n + 1) q \rceil`-th smallest, or the
     largest if there are not that many: then the chance that a further normal image is flagged is at
     most 1 - q (and at least 1 - q - 1/(n + 1)) where n is large enough for q, whatever the scores'
-    distribution. The validation split changes nothing: the model has to call :meth:`calibrate`, as
-    PatchToll does.
+    distribution. That is an average over draws of the held-out images; some draws have a higher rate.
+    With a ``confidence`` the threshold is the least score for which the rate is at most 1 - q in that
+    share of draws: for 0.95 the largest of 59 images for one false alarm in twenty, of 299 for one in
+    a hundred. A log message of each fit says what n images promise, and ``promise`` keeps it. The
+    validation split changes nothing: the model has to call :meth:`calibrate`, as PatchToll does.
 
     Args:
         quantile: q, the share of normal images that should not be flagged, in (0, 1]. With 1 the
             threshold is the largest held-out score. Default 0.99, for which n has to be 99.
+        confidence: Share of draws in which the rate is kept, in (0, 1). Default ``None``: on average over draws.
         **kwargs: As for anomalib's post-processor.
 
     Raises:
-        TypeError: If ``quantile`` is no number.
-        ValueError: If it is not in (0, 1].
+        TypeError: If ``quantile`` or ``confidence`` is no number.
+        ValueError: If ``quantile`` is not in (0, 1], or ``confidence`` not in (0, 1).
         NotFittedError: If a model that has not calibrated it is validated, tested or asked to predict.
 
     Source:
-        The split conformal quantile, e.g. arXiv 2107.07511, section 1.
+        The split conformal quantile, e.g. arXiv 2107.07511, section 1; tolerance limits, Wilks (1941).
 
     Example:
         >>> import torch
@@ -126,23 +157,35 @@ class QuantilePostProcessor(TollPostProcessor):
         >>> post_processor.calibrate(torch.arange(1.0, 20.0)[:, None, None, None])
         >>> post_processor.image_threshold
         tensor(18.)
+        >>> round(post_processor.promise["false_alarms"], 3)  # of 19 images, at a confidence of 0.95
+        0.226
     """
 
-    def __init__(self, quantile: float = 0.99, **kwargs: Any) -> None:
+    def __init__(self, quantile: float = 0.99, confidence: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.quantile = check_finite_float("quantile", quantile, minimum=0, exclusive=True)
         if self.quantile > 1:
             msg = f"quantile must be in (0, 1], got {quantile!r}"
             raise ValueError(msg)
+        self.confidence = confidence
+        if confidence is not None:
+            self.confidence = check_finite_float("confidence", confidence, minimum=0, exclusive=True)
+            if self.confidence >= 1:
+                msg = f"confidence must be in (0, 1), got {confidence!r}"
+                raise ValueError(msg)
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "quantile")
+        return (*super()._checkpoint_config_keys, "quantile", "confidence")
 
-    def calibrate(self, maps: Tensor) -> None:
+    def calibrate(self, maps: Tensor, *, independent: bool = True) -> None:
         """Set thresholds and ranges from the anomaly maps ``(N, 1, H, W)`` of N held-out normal images.
 
         A score has to be its map's maximum, so map and score have one threshold and one range.
+
+        Args:
+            maps: The anomaly maps.
+            independent: False if several are of one image, augmented: then nothing is promised.
 
         Raises:
             ValueError: If there are no maps, or they are not finite.
@@ -151,7 +194,7 @@ class QuantilePostProcessor(TollPostProcessor):
             msg = f"maps must be those of at least one image and finite, got shape {tuple(maps.shape)}"
             raise ValueError(msg)
         scores = maps.flatten(1).amax(dim=1).sort().values
-        rank = min(max(math.ceil((len(scores) + 1) * self.quantile - 1e-9), 1), len(scores))
+        rank = threshold_rank(len(scores), self.quantile, self.confidence)
         for threshold, low, high in (
             (self._image_threshold, self.image_min, self.image_max),
             (self._pixel_threshold, self.pixel_min, self.pixel_max),
@@ -159,6 +202,19 @@ class QuantilePostProcessor(TollPostProcessor):
             threshold.copy_(scores[rank - 1])
             low.copy_(maps.min())
             high.copy_(scores[-1])
+        self.promise = {}
+        if independent:
+            self._promise(len(scores), rank, self.confidence or _CONFIDENCE, quantile=self.quantile)
+            self._say()
+
+    def _say(self) -> None:
+        """What the held-out images promise, and whether it is what was asked for."""
+        n, confidence, rate = (self.promise[name] for name in ("held_out", "confidence", "false_alarms"))
+        needed = images_needed(self.quantile, self.confidence) if self.quantile < 1 else 0
+        few = f", too few for quantile {self.quantile:g}, which takes {needed}" if n < needed else ""
+        say = _logger.warning if few else _logger.info
+        message = "%d held-out images%s: with %g %% confidence at most %.2g %% of further normal images are flagged"
+        say(message, n, few, 100 * confidence, 100 * rate)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is learnt from the validation split."""

@@ -2,6 +2,7 @@
 
 from toll_plugin._public import publish
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, TollWarning
+from toll_plugin.core.guarantee import images_needed, promised_rate, threshold_rank
 from toll_plugin.core.image_scaling import ImageScaling, contrast_normalise, contrast_range, standard_range
 from toll_plugin.core.layers import LayerPass
 from toll_plugin.core.networks import Autoencoder, ConvAutoencoder, DenseAutoencoder
@@ -66,13 +67,16 @@ __all__ = [
     "fit_patches",
     "fit_table",
     "hold_out",
+    "images_needed",
     "in_units",
     "latent_norm",
+    "promised_rate",
     "rehearse",
     "relative_pressure",
     "standard_range",
     "terms_of",
     "terms_of_residual",
+    "threshold_rank",
     "toll_score",
     "toll_slopes",
     "toll_terms",
