@@ -175,10 +175,9 @@ def test_the_score_is_the_maximum_of_the_map(size, sigma):
     torch.testing.assert_close(found.anomaly_map.detach(), expected)
 
 
-def test_predictions_of_scores_by_hand():
-    found = _model(sigma=0.0).predict(torch.tensor([[[[1.0, 3.0]]], [[[8.0, 0.0]]]]), (1, 4))
-    assert found.pred_score.tolist() == [3.0, 8.0]
-    assert found.anomaly_map.flatten(1).tolist() == [[1.0, 1.5, 2.5, 3.0], [8.0, 6.0, 2.0, 0.0]]
+def test_a_map_of_scores_by_hand():
+    found = _model(sigma=0.0).map_of(torch.tensor([[[[1.0, 3.0]]], [[[8.0, 0.0]]]]), (1, 4))
+    assert found.flatten(1).tolist() == [[1.0, 1.5, 2.5, 3.0], [8.0, 6.0, 2.0, 0.0]]
 
 
 def test_half_precision_serves_the_backbone_only():
@@ -189,7 +188,7 @@ def test_half_precision_serves_the_backbone_only():
         features = model.embed(images)
         found = model(images)
     with torch.no_grad():
-        expected = model.predict(model.patches(features.float()), (32, 32))
+        expected = model.predict(features, (32, 32))
     assert found.anomaly_map.dtype is found.pred_score.dtype is torch.float32
     assert torch.equal(found.anomaly_map, expected.anomaly_map)
 

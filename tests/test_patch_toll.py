@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 from toll_plugin.anomalib import PatchToll, QuantilePostProcessor, TollPostProcessor, TollPreProcessor
 from toll_plugin.anomalib.patch_toll import lightning_model
 from toll_plugin.core import DivergenceError, TollWarning, fit_patches
+from toll_plugin.core.patches.whole import pooled
 
 ARGUMENTS = {"image_size": (64, 96), "pre_trained": False, "max_steps": 30, "hidden_size": 32, "latent_dim": 8}
 
@@ -254,7 +255,7 @@ def test_false_alarms_are_as_asked_for(tmp_path):
 
 
 def test_an_image_is_flagged_where_a_pixel_is(mvtec_root, tmp_path):
-    model, data = _model(quantile=0.5), _data(mvtec_root)
+    model, data = _model(quantile=0.5, top_share=0.0, image_weight=0.0), _data(mvtec_root)
     runner = _fit(model, tmp_path, data)
     labels, masks = [], []
     for batch in runner.predict(model, datamodule=data):
@@ -277,7 +278,7 @@ def test_other_post_processors_take_the_validation_split(mvtec_root, tmp_path, k
 
 @pytest.mark.parametrize("term", ["total", "reconstruction", "latent"])
 def test_map_and_score_by_hand(mvtec_root, tmp_path, term):
-    model = _model(score_term=term, sigma=0.0, beta=0.5)
+    model = _model(score_term=term, sigma=0.0, beta=0.5, top_share=0.0, image_weight=0.0)
     _fit(model, tmp_path, _data(mvtec_root))
     model.eval()
     images = torch.rand(2, 3, 64, 96)
@@ -391,13 +392,13 @@ def test_a_model_with_features_in_a_file_can_be_copied(mvtec_root, tmp_path, mon
 
 
 def test_thresholds_are_those_of_whole_maps(mvtec_root, tmp_path, monkeypatch):
-    model, maps = _model(), []
-    predict = model.model.predict
-    monkeypatch.setattr(model.model, "predict", lambda *a: maps.append(predict(*a)) or maps[-1])
+    model, maps = _model(top_share=0.0, image_weight=0.0), []
+    map_of = model.model.map_of
+    monkeypatch.setattr(model.model, "map_of", lambda *a: maps.append(map_of(*a)) or maps[-1])
     monkeypatch.setattr(model, "validation_step", lambda batch, *_: batch)
     _fit(model, tmp_path, _data(mvtec_root))
     expected = QuantilePostProcessor()
-    expected.calibrate(torch.cat([found.anomaly_map for found in maps]))
+    expected.calibrate(torch.cat(maps))
     for name in ("image_threshold", "pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max"):
         assert getattr(model.post_processor, name) == getattr(expected, name)
 
@@ -497,10 +498,10 @@ def test_units_are_the_medians_over_the_positions_held_out(mvtec_root, tmp_path,
     assert _units(plain) == [1.0, 1.0]
     for name, value in plain.model.patches.network.state_dict().items():  # the score changes nothing of the fit
         torch.testing.assert_close(patches.network.state_dict()[name], value, rtol=0, atol=0)
-    # Threshold and map are in these units: the largest score of a held-out image is the largest of its positions'.
+    # The map and its threshold are in these units: the largest score of a held-out image is the largest of its positions'.
     grids = (residual / np.median(residual) + 0.5 * norm / np.median(norm)).reshape(-1, 1, 8, 12)
     maps = torch.nn.functional.interpolate(torch.from_numpy(grids), (64, 96), mode="bilinear")
-    assert float(model.post_processor.image_threshold) == pytest.approx(float(maps.max()), rel=1e-4)
+    assert float(model.post_processor.pixel_threshold) == pytest.approx(float(maps.max()), rel=1e-4)
 
 
 def test_a_checkpoint_keeps_the_units(mvtec_root, tmp_path):
@@ -627,3 +628,23 @@ def test_images_of_several_sizes_are_refused_without_a_pre_processor(tmp_path):
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         _model(**arguments)
+
+
+def test_an_images_score_has_a_threshold_of_its_own(mvtec_root, tmp_path):
+    model, data = _model(quantile=0.5), _data(mvtec_root)
+    runner = _fit(model, tmp_path, data)
+    patched, held_out = model.eval().model, []
+    for batch in data.val_dataloader():  # the held-out images
+        images = model.pre_processor(batch.image)
+        with torch.no_grad():
+            features = patched.embed(images)
+            maps, image = patched.map_of(patched.patches(features), images.shape[-2:]), patched.image_score
+            top = maps.flatten(1).sort(dim=1, descending=True).values[:, : round(maps[0].numel() * 0.01)].mean(dim=1)
+            rest = (pooled(features, 4) - image.mean) / image.scale
+            rest = rest - rest @ image.components @ image.components.T
+            held_out.append(top / image.position_unit + 0.5 * rest.norm(dim=1) / image.image_unit)
+    scores = torch.cat(held_out).sort().values
+    expected = scores[min(math.ceil((len(scores) + 1) * 0.5), len(scores)) - 1]
+    torch.testing.assert_close(model.post_processor.image_threshold, expected, rtol=1e-4, atol=1e-5)
+    assert model.post_processor.pixel_threshold != model.post_processor.image_threshold
+    assert any(bool(batch.pred_label.any()) for batch in runner.predict(model, datamodule=data))

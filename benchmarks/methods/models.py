@@ -118,12 +118,13 @@ def _predict_toll(model: Any, images: Tensor) -> dict[str, Tensor | None]:
 
 
 def _predict_patch_toll(model: Any, images: Tensor) -> dict[str, Tensor | None]:
-    """Of each term the largest value of a position, as the score is that of both."""
-    patches = model.model.patches
-    terms = patches.terms(model.model.embed(images))
-    found = model.model.predict(patches.score_of(terms), images.shape[-2:])
+    """Of each term of a position the largest value, and both terms of the image."""
+    patches, size = model.model.patches, images.shape[-2:]
+    features = model.model.embed(images)
+    terms, found = patches.terms(features), model.model.predict(features, size)
     largest = {name: term.flatten(1).amax(dim=1) for name, term in terms._asdict().items()}
-    return {"scores": found.pred_score, "maps": found.anomaly_map, **largest}
+    whole = model.model.image_score.terms(found.anomaly_map, features)
+    return {"scores": found.pred_score, "maps": found.anomaly_map, **largest, **whole._asdict()}
 
 
 def _predict_dfkde(model: Any, images: Tensor) -> dict[str, Tensor | None]:

@@ -178,33 +178,39 @@ class QuantilePostProcessor(TollPostProcessor):
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "quantile", "confidence")
 
-    def calibrate(self, maps: Tensor, *, independent: bool = True) -> None:
-        """Set thresholds and ranges from the anomaly maps ``(N, 1, H, W)`` of N held-out normal images.
-
-        A score has to be its map's maximum, so map and score have one threshold and one range.
+    def calibrate(self, maps: Tensor, scores: Tensor | None = None, *, independent: bool = True) -> None:
+        """Set thresholds and ranges from the predictions for N held-out normal images.
 
         Args:
-            maps: The anomaly maps.
+            maps: Their anomaly maps, ``(N, 1, H, W)``. The pixel threshold is for the map's maximum: at most 1 - q
+                of the images have a pixel that is flagged.
+            scores: Their scores, ``(N,)``. Default: the maxima of the maps; then map and score have one threshold
+                and one range.
             independent: False if several are of one image, augmented: then nothing is promised.
 
         Raises:
-            ValueError: If there are no maps, or they are not finite.
+            ValueError: If there are no maps, or as many scores as maps are not there, or one is not finite.
         """
         if len(maps) == 0 or not bool(maps.isfinite().all()):
             msg = f"maps must be those of at least one image and finite, got shape {tuple(maps.shape)}"
             raise ValueError(msg)
-        scores = maps.flatten(1).amax(dim=1).sort().values
-        rank = threshold_rank(len(scores), self.quantile, self.confidence)
-        for threshold, low, high in (
-            (self._image_threshold, self.image_min, self.image_max),
-            (self._pixel_threshold, self.pixel_min, self.pixel_max),
+        highest = maps.flatten(1).amax(dim=1)
+        if scores is not None and (scores.shape != highest.shape or not bool(scores.isfinite().all())):
+            msg = f"scores must be finite, one for each of {len(maps)} maps, got shape {tuple(scores.shape)}"
+            raise ValueError(msg)
+        rank = threshold_rank(len(maps), self.quantile, self.confidence)
+        lowest = maps.min() if scores is None else scores.min()
+        of_image = highest if scores is None else scores
+        for threshold, low, high, values, least in (
+            (self._image_threshold, self.image_min, self.image_max, of_image, lowest),
+            (self._pixel_threshold, self.pixel_min, self.pixel_max, highest, maps.min()),
         ):
-            threshold.copy_(scores[rank - 1])
-            low.copy_(maps.min())
-            high.copy_(scores[-1])
+            threshold.copy_(values.sort().values[rank - 1])
+            low.copy_(least)
+            high.copy_(values.max())
         self.promise = {}
         if independent:
-            self._promise(len(scores), rank, self.confidence or _CONFIDENCE, quantile=self.quantile)
+            self._promise(len(maps), rank, self.confidence or _CONFIDENCE, quantile=self.quantile)
             self._say()
 
     def _say(self) -> None:

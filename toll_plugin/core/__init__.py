@@ -21,6 +21,7 @@ from toll_plugin.core.objective import (
 from toll_plugin.core.paper_networks import Paper28Autoencoder, Paper32Autoencoder
 from toll_plugin.core.patches.fit import fit_patches
 from toll_plugin.core.patches.model import PatchAutoencoder
+from toll_plugin.core.patches.whole import ImageScore, ImageTerms
 from toll_plugin.core.penalty import TargetedCollapse, latent_norm
 from toll_plugin.core.score import TollScore
 from toll_plugin.core.tables.fit import FittedTable, TableSplit, TrainedMember, fit_table, hold_out, rehearse
@@ -42,6 +43,8 @@ __all__ = [
     "FittedTable",
     "History",
     "ImageScaling",
+    "ImageScore",
+    "ImageTerms",
     "LayerPass",
     "MahalanobisNorm",
     "Measure",

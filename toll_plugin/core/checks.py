@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 
-__all__ = ["check_finite_float", "check_image_size", "check_integer", "check_option"]
+__all__ = ["check_finite_float", "check_image_size", "check_integer", "check_option", "check_share"]
 
 
 def check_finite_float(
@@ -39,6 +39,20 @@ def check_finite_float(
         msg = f"{name} must be finite{bound}, got {value!r}"
         raise ValueError(msg)
     return number
+
+
+def check_share(name: str, value: object) -> float:
+    """Return ``value`` as a float if it is in [0, 1].
+
+    Raises:
+        TypeError: If it is no real number.
+        ValueError: If it is outside.
+    """
+    share = check_finite_float(name, value, minimum=0)
+    if share > 1:
+        msg = f"{name} must be in [0, 1], got {value!r}"
+        raise ValueError(msg)
+    return share
 
 
 def check_integer(name: str, value: object, *, minimum: int) -> int:

@@ -20,13 +20,14 @@ from toll_plugin.anomalib.patch_toll.backbone import build_backbone, check_layer
 from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
-from toll_plugin.core.checks import check_finite_float, check_integer
+from toll_plugin.core.checks import check_finite_float, check_integer, check_share
 from toll_plugin.core.diagnostics import Finding, warn
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import Beta, ScoreScale, ScoreTerm, TollLoss, check_beta, check_score_weight
 from toll_plugin.core.patches.fit import examine, fit_patches
 from toll_plugin.core.patches.images import ImageFeatures
 from toll_plugin.core.patches.model import PatchAutoencoder
+from toll_plugin.core.patches.whole import ImageScore, ImageTerms, pooled, positions_of
 from toll_plugin.core.training.fit import History
 
 __all__ = ["PatchToll"]
@@ -43,9 +44,12 @@ class PatchToll(TollModuleMixin, AnomalibModule):
     One pass over the normal training images computes their features, which are kept, standardised and
     projected on their leading principal components. Then a small autoencoder learns them,
     :math:`\frac1P\sum_p \|x_p - \hat x_p\|^2 + \beta\|z_p\|^2` over positions p. The same sum at
-    each position, enlarged and smoothed, is the anomaly map, and its maximum the score: no memory
-    bank is searched. ``beta="auto"`` and ``score_scale="median"`` depart from the paper: they make loss and score
-    free of the scale of the features.
+    each position, enlarged and smoothed, is the anomaly map: no memory bank is searched. The score of an
+    image adds two terms, each divided by its median over held-out normal images: the mean of the highest
+    hundredth of the map, and what the principal components of normal images leave of the features of the
+    whole image, averaged in 4 x 4 windows (see :class:`toll_plugin.core.ImageScore`).
+    ``beta="auto"`` and ``score_scale="median"`` depart from the paper: they make loss and score free of the
+    scale of the features.
 
     No anomaly is used in training. Held-out normal images choose the epoch and, by ``quantile``,
     the threshold: those of the validation split where all its images are normal, else a fifth of
@@ -81,7 +85,12 @@ class PatchToll(TollModuleMixin, AnomalibModule):
             positions, and the weight is not tied to the scale of the data.
         score_weight: Weight of the latent term in the score, at least 0. Default: beta, or 0.5 with ``"median"``.
             ``beta="auto"`` with ``"none"`` needs one, for it leaves no number to weigh by.
-        score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"`` alone, in map and score.
+        score_term: ``"total"`` (default), ``"reconstruction"`` or ``"latent"`` alone, in the map and its part of the
+            score.
+        top_share: Share of the map's pixels, the highest, whose mean is the first term of an image's score, in
+            [0, 1]. Default 0.01; 0 is the maximum.
+        image_weight: Weight of the second term, at least 0. With 0, and a ``top_share`` of 0, an image is flagged
+            exactly where one of its pixels is, and has the score of that pixel. Default 0.5.
         neighbourhood: Side of the average over neighbouring features, odd. Default 3.
         stride: Pixels from one position to the next; finer layers are averaged, coarser ones
             interpolated. Default 8.
@@ -141,6 +150,8 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         score_scale: ScoreScale = "none",
         score_weight: float | None = None,
         score_term: ScoreTerm = "total",
+        top_share: float = 0.01,
+        image_weight: float = 0.5,
         neighbourhood: int = 3,
         stride: int = 8,
         sigma: float = 2.0,
@@ -170,9 +181,12 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         strength = check_finite_float("strength", strength, minimum=0)
         score_weight = None if score_weight is None else check_finite_float("score_weight", score_weight, minimum=0)
         weight = check_score_weight(score_weight, beta=beta, score_scale=score_scale)
+        top_share, image_weight = _check_image_score(top_share, image_weight)
         exponent = check_integer("exponent", exponent, minimum=1)
-        neighbourhood = check_integer("neighbourhood", neighbourhood, minimum=1)
-        stride = check_integer("stride", stride, minimum=1)
+        neighbourhood, stride = (
+            check_integer(name, value, minimum=1)
+            for name, value in (("neighbourhood", neighbourhood), ("stride", stride))
+        )
         sigma = check_finite_float("sigma", sigma, minimum=0)
         focus = check_finite_float("focus", focus, minimum=0)
         lr = check_finite_float("lr", lr, minimum=0, exclusive=True)
@@ -204,11 +218,14 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         self.score_scale = score_scale
         self._loss = TollLoss(beta, strength=strength, exponent=exponent)
         self._score_term, self._score_weight = score_term, weight
+        self._image_score = {"share": top_share, "weight": image_weight}
         extractor = build_backbone(backbone, layers, seed)
         self._channels = sum(extractor.out_dims)
         self._n_components = min(n_components, self._channels)
         patches = self._new_patches(torch.Generator().manual_seed(seed or 0))
-        self.model: PatchTollModel = PatchTollModel(extractor, patches, neighbourhood, stride, sigma)
+        self.model: PatchTollModel = PatchTollModel(
+            extractor, patches, neighbourhood, stride, sigma, self._new_image_score()
+        )
         self._pretrained_is_there = False
         self._features: ImageFeatures | None = None
         self._size = image_size
@@ -216,6 +233,9 @@ class PatchToll(TollModuleMixin, AnomalibModule):
     def _new_patches(self, generator: torch.Generator) -> PatchAutoencoder:
         network = DenseAutoencoder(self._n_components, (self._hidden_size,), self._latent_dim, generator=generator)
         return PatchAutoencoder(network, self._loss, self._score_term, self._channels, self._score_weight)
+
+    def _new_image_score(self) -> ImageScore:
+        return ImageScore(self._channels, **self._image_score)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -318,14 +338,29 @@ class PatchToll(TollModuleMixin, AnomalibModule):
             progress=self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero,
             on_epoch=self._log_epoch,
         )
+        scores, findings = examine(fresh, held_out, features.grid)
+        image_score = self._new_image_score().to(self.device)
+        image_score.fit_pooled(
+            torch.cat([pooled(maps, image_score.cells) for maps in positions_of(rows, features.grid)])
+        )
+        # One map at a time, of which thresholds and ranges take the extremes only.
+        terms, extremes = [], []
+        for of_image, maps in zip(scores, positions_of(held_out, features.grid), strict=True):
+            anomaly_map = self.model.map_of(of_image[None], self._size)
+            terms.append(torch.stack(image_score.terms(anomaly_map, maps.to(self.device))))
+            extremes.append(torch.stack(anomaly_map.aminmax()))
+        held_out_terms = ImageTerms(*torch.cat(terms, dim=1))
+        image_score.measure(held_out_terms)
         self.model.patches.load_state_dict(fresh.state_dict())
+        self.model.image_score.load_state_dict(image_score.state_dict())
         self.model.is_fitted.fill_(True)
-        scores, self.findings = examine(fresh, held_out, features.grid)
+        self.findings = findings
         if isinstance(self.post_processor, QuantilePostProcessor):
-            # One map at a time, of which thresholds and ranges take the extremes only.
-            maps = (self.model.predict(of_image[None], self._size).anomaly_map for of_image in scores)
-            extremes = torch.stack([torch.stack(found.aminmax()) for found in maps])[:, None, None]
-            self.post_processor.calibrate(extremes, independent=self.passes == 1 or validation is not None)
+            self.post_processor.calibrate(
+                torch.stack(extremes)[:, None, None],
+                image_score.score_of(held_out_terms) if not image_score.is_maximum else None,
+                independent=self.passes == 1 or validation is not None,
+            )
         warn(self.findings)
         best = self.history.best_epoch
         self.log_dict(
@@ -353,6 +388,10 @@ class PatchToll(TollModuleMixin, AnomalibModule):
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
         """Predictions of a batch."""
         return self.test_step(batch, *args, **kwargs)
+
+
+def _check_image_score(top_share: object, image_weight: object) -> tuple[float, float]:
+    return check_share("top_share", top_share), check_finite_float("image_weight", image_weight, minimum=0)
 
 
 def _size(image_size: object, pre_processor: PreProcessor | bool) -> tuple[int, int]:
