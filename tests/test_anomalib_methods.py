@@ -142,6 +142,18 @@ def test_images_are_resized_as_in_training():
     torch.testing.assert_close(torch.cat(seen), expected)
 
 
+def test_backbones_see_images_as_they_were_pretrained(tmp_path):
+    images = torch.rand(2, 3, 64, 64)
+    for name, layers, mean, deviation in (
+        ("tf_efficientnet_lite0", ["blocks.1", "blocks.2"], 0.5, 0.5),
+        ("resnet18", ["layer1"], torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])),
+    ):
+        detector = EngineDetector("PatchCore", RANDOM, 0, backbone=name, layers=layers, image_size=64)
+        seen = detector._build(_split().train, str(tmp_path)).pre_processor.transform(images)
+        expected = (images.movedim(1, 3) - mean) / deviation
+        torch.testing.assert_close(seen, expected.movedim(3, 1))
+
+
 def test_dfkde_is_anomalibs_density_until_that_underflows(fitted):
     detector, test = fitted["DFKDE"], _split().test
     seen = detector.model.pre_processor.transform(_split().train[:4].float().expand(-1, 3, -1, -1) / 255)

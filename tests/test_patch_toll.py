@@ -190,6 +190,59 @@ def test_a_transformer_as_backbone(mvtec_root, tmp_path):
     assert model.model.eval()(torch.rand(1, 3, 64, 96)).anomaly_map.shape == (1, 1, 64, 96)
 
 
+def test_dinov2s_transformer_end_to_end(mvtec_root, tmp_path):
+    import onnxruntime
+
+    layers = ["blocks.5", "blocks.7", "blocks.9"]
+    model = _model(backbone="vit_small_patch14_dinov2.lvd142m", layers=layers, image_size=(42, 56), stride=14)
+    runner = _fit(model, tmp_path, _data(mvtec_root))
+    assert model.model.embed(torch.rand(1, 3, 42, 56)).shape == (1, 3 * 384, 3, 4)
+    loaded = PatchToll.load_from_checkpoint(checkpoint_of(tmp_path, "PatchToll", "MVTecAD", "part")).eval()
+    images = torch.rand(2, 3, 50, 60, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = loaded(images)
+    session = onnxruntime.InferenceSession(str(runner.export(loaded, "onnx", export_root=tmp_path)))
+    found = dict(
+        zip([o.name for o in session.get_outputs()], session.run(None, {"input": images.numpy()}), strict=True)
+    )
+    torch.testing.assert_close(torch.from_numpy(found["pred_score"]).flatten(), expected.pred_score.flatten())
+    torch.testing.assert_close(torch.from_numpy(found["anomaly_map"]), expected.anomaly_map, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "mean", "deviation"),
+    [
+        ("resnet18", ["layer1"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("tf_efficientnet_lite0", ["blocks.2"], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("vit_tiny_patch16_224", ["blocks.1"], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_images_are_scaled_as_the_backbone_was_pretrained(backbone, layers, mean, deviation):
+    model = _model(backbone=backbone, layers=layers)
+    images = torch.rand(2, 3, 64, 96)
+    expected = (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(deviation).view(1, 3, 1, 1)
+    for scale in (model.pre_processor, model.pre_processor.transform):  # of exports, and of training
+        torch.testing.assert_close(scale(images), expected, rtol=0, atol=0)
+    assert (model.pre_processor.scaling == "imagenet") == (backbone == "resnet18")
+
+
+def test_a_checkpoint_keeps_its_scaling(mvtec_root, tmp_path, monkeypatch):
+    arguments = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.2"]}
+    model = _model(**arguments)
+    _fit(model, tmp_path, _data(mvtec_root))
+    path = checkpoint_of(tmp_path, "PatchToll", "MVTecAD", "part")
+    monkeypatch.setattr(lightning_model, "scaling_of", lambda _: "imagenet")
+    assert _model(**arguments).pre_processor.scaling == "imagenet"
+    loaded = PatchToll.load_from_checkpoint(path).eval()
+    assert loaded.pre_processor.scaling == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    images = torch.rand(2, 3, 64, 96)
+    torch.testing.assert_close(loaded(images).pred_score, model.eval()(images).pred_score)
+    # One that is passed is not undone, and neither is another size.
+    own = PatchToll.load_from_checkpoint(path, pre_processor=TollPreProcessor((64, 96), "unit"))
+    assert own.pre_processor.scaling == "unit"
+    assert PatchToll.load_from_checkpoint(path, image_size=(32, 48)).pre_processor.image_size == (32, 48)
+
+
 # --- held-out images and thresholds
 
 
@@ -498,7 +551,7 @@ def test_units_are_the_medians_over_the_positions_held_out(mvtec_root, tmp_path,
     assert _units(plain) == [1.0, 1.0]
     for name, value in plain.model.patches.network.state_dict().items():  # the score changes nothing of the fit
         torch.testing.assert_close(patches.network.state_dict()[name], value, rtol=0, atol=0)
-    # The map and its threshold are in these units: the largest score of a held-out image is the largest of its positions'.
+    # The map and its threshold are in these units: the largest value of an image is the largest of its positions'.
     grids = (residual / np.median(residual) + 0.5 * norm / np.median(norm)).reshape(-1, 1, 8, 12)
     maps = torch.nn.functional.interpolate(torch.from_numpy(grids), (64, 96), mode="bilinear")
     assert float(model.post_processor.pixel_threshold) == pytest.approx(float(maps.max()), rel=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from toll_plugin.core import ImageScaling, contrast_normalise, contrast_range
+from toll_plugin.core.image_scaling import named_statistics
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,28 @@ def test_imagenet():
     scaled = ImageScaling("imagenet")(torch.full((1, 3, 1, 1), 0.5))
     expected = [(0.5 - m) / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)]
     torch.testing.assert_close(scaled.flatten(), torch.tensor(expected))
+
+
+def test_statistics_of_your_own():
+    scaled = ImageScaling(((0.5, 0.25, 0.0), (0.5, 0.25, 2.0)))(torch.full((2, 3, 1, 1), 0.75))
+    torch.testing.assert_close(scaled[1].flatten(), torch.tensor([0.5, 2.0, 0.375]))
+    # As lists, which a checkpoint or a YAML may have made of them.
+    assert ImageScaling([[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]).name == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert named_statistics([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) == "imagenet"
+    assert named_statistics((0.5,) * 3, (0.5,) * 3) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("statistics", "error", "message"),
+    [
+        (((0.5,), (0.5, 0.5)), TypeError, "scaling must be a name, or a mean and a deviation of each channel"),
+        (3, TypeError, "scaling must be a name, or a mean and a deviation of each channel, got 3"),
+        (((0.5,), (0.0,)), ValueError, r"scaling\[1\]\[0\] must be finite and > 0, got 0.0"),
+    ],
+)
+def test_bad_statistics(statistics, error, message):
+    with pytest.raises(error, match=message):
+        ImageScaling(statistics)
 
 
 def test_contrast_by_hand():

@@ -102,7 +102,7 @@ class EngineDetector(Detector):
         with self._weights():
             arguments = {**self._spec.arguments(task), **arguments}
             if "image_size" not in arguments:
-                arguments["pre_processor"] = self._kind.configure_pre_processor(self._size)
+                arguments["pre_processor"] = _scaled_for(self._backbone, self._kind.configure_pre_processor(self._size))
             return self._kind(**arguments, evaluator=False, visualizer=False)
 
     @contextlib.contextmanager
@@ -166,6 +166,18 @@ class EngineDetector(Detector):
             "backbone": self._backbone,
             "pretrained": "imagenet, anomalib" if self._name == "EfficientAd" else weights,
         }
+
+
+def _scaled_for(backbone: str | None, pre_processor: Any) -> Any:
+    """Scale by the mean and deviation that a backbone was pretrained with, where anomalib takes ImageNet's for all."""
+    import timm
+    from torchvision.transforms.v2 import Normalize
+
+    known = timm.get_pretrained_cfg(backbone) if backbone else None
+    for step in getattr(pre_processor.transform, "transforms", ()) if known else ():
+        if isinstance(step, Normalize):
+            step.mean, step.std = list(known.mean), list(known.std)
+    return pre_processor
 
 
 def _kind(name: str) -> Any:

@@ -26,6 +26,7 @@ from toll_plugin.anomalib.datamodules import (
     MNISTOneVsRest,
 )
 from toll_plugin.anomalib.datasets import TensorImageDataset
+from toll_plugin.anomalib.joined_folders import JoinedFolders
 from toll_plugin.anomalib.mixin import TargetedCollapseMixin
 from toll_plugin.anomalib.one_vs_rest import OneVsRest
 from toll_plugin.anomalib.patch_toll.lightning_model import PatchToll
@@ -51,6 +52,7 @@ __all__ = [
     "DigitsOneVsRest",
     "FashionMNISTOneVsRest",
     "ImageSetOneVsRest",
+    "JoinedFolders",
     "MNISTOneVsRest",
     "OneVsRest",
     "PatchToll",
@@ -70,7 +72,14 @@ publish(__name__)
 # anomalib's CLI finds subclasses, but its get_model and benchmark look for attributes. Not
 # `import anomalib.models`: this also runs while that import is still under way.
 _MODELS = (Toll, PatchToll, *(getattr(collapsed, name) for name in collapsed.__all__))
-_DATA = (DigitsOneVsRest, MNISTOneVsRest, FashionMNISTOneVsRest, CIFAR10OneVsRest, CIFAR100OneVsRest)
+_DATA = (
+    DigitsOneVsRest,
+    MNISTOneVsRest,
+    FashionMNISTOneVsRest,
+    CIFAR10OneVsRest,
+    CIFAR100OneVsRest,
+    JoinedFolders,
+)
 for _package, _classes in (("anomalib.models", _MODELS), ("anomalib.data", _DATA)):
     for _class in _classes:
         setattr(import_module(_package), _class.__name__, _class)

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import is_pure_tensor
 
 from toll_plugin.anomalib.toll.torch_model import check_finite
 from toll_plugin.core.checks import check_image_size
-from toll_plugin.core.image_scaling import MEASURED, ImageScaling, contrast_range, standard_range
+from toll_plugin.core.image_scaling import MEASURED, ImageScaling, Statistics, contrast_range, standard_range
 from toll_plugin.core.resize import resize_matrix
 
 __all__ = ["TollPreProcessor"]
@@ -68,7 +68,7 @@ class TollPreProcessor(PreProcessor):
 
     Args:
         image_size: ``(height, width)`` in pixels, or one integer.
-        scaling: Name of an :class:`toll_plugin.core.ImageScaling`.
+        scaling: Name of an :class:`toll_plugin.core.ImageScaling`, or the mean and the deviation of each channel.
         scaling_range: Its ``value_range``. ``"standard"`` and ``"paper_cifar"`` without one get that of the
             training images when a fit begins.
 
@@ -85,7 +85,7 @@ class TollPreProcessor(PreProcessor):
     def __init__(
         self,
         image_size: int | tuple[int, int] = (256, 256),
-        scaling: str = "unit",
+        scaling: str | Statistics = "unit",
         scaling_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class TollPreProcessor(PreProcessor):
     def _configure(
         self,
         image_size: int | Sequence[int],
-        scaling: str,
+        scaling: str | Statistics,
         scaling_range: Sequence[float] | None,
     ) -> None:
         size = check_image_size("image_size", image_size)
@@ -128,9 +128,13 @@ class TollPreProcessor(PreProcessor):
         check_finite(batch.image, batch.image_path)
         return self.measure(batch.image)
 
+    def scale_by(self, scaling: str | Statistics, scaling_range: Sequence[float] | None = None) -> None:
+        """Scale in another way; the size stays."""
+        self._configure(self.image_size, scaling, scaling_range)
+
     def close(self, scaling_range: Sequence[float]) -> None:
         """Set the range that was left open."""
-        self._configure(self.image_size, self.scaling, scaling_range)
+        self.scale_by(self.scaling, scaling_range)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the range on the training images if it was left open.

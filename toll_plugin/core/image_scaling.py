@@ -9,10 +9,22 @@ from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_option
 
-__all__ = ["MEASURED", "SCALINGS", "ImageScaling", "contrast_normalise", "contrast_range", "standard_range"]
+__all__ = [
+    "MEASURED",
+    "SCALINGS",
+    "ImageScaling",
+    "Statistics",
+    "contrast_normalise",
+    "contrast_range",
+    "named_statistics",
+    "standard_range",
+]
 
-#: Mean and standard deviation per scaling, of one grey or three colour channels.
-_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+#: Mean and standard deviation of each channel.
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+#: Those of each scaling, of one grey or three colour channels.
+_STATISTICS: dict[str, Statistics] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "paper_mnist": ((0.1307,), (0.3081,)),
     "paper_fashion_mnist": ((0.2860,), (0.3530,)),
@@ -84,7 +96,8 @@ class ImageScaling(nn.Module):
 
     Args:
         name: ``"unit"`` leaves them; ``"imagenet"``, ``"paper_mnist"`` and
-            ``"paper_fashion_mnist"`` subtract a mean and divide by a standard deviation;
+            ``"paper_fashion_mnist"`` subtract a mean and divide by a standard deviation, as does a pair
+            ``(means, deviations)`` of numbers of your own, one per channel;
             ``"standard"`` is :math:`(x - a) / (b - a)`, and ``"paper_cifar"`` is
             :func:`contrast_normalise` followed by the same.
         value_range: ``(a, b)``, what becomes 0 and what becomes 1. Of ``"standard"``: the mean of all pixels of the
@@ -96,18 +109,26 @@ class ImageScaling(nn.Module):
         ``(N, C, H, W)`` to the same.
 
     Raises:
-        ValueError: If the name is unknown, or ``value_range`` is misplaced or empty.
+        TypeError: If ``name`` is neither a string nor two sequences of numbers.
+        ValueError: If the name is unknown, a deviation not positive, or ``value_range`` is misplaced or empty.
         RuntimeError: When scaling by ``"paper_cifar"`` before its range is known.
 
     Example:
         >>> import torch
         >>> ImageScaling("paper_mnist")(torch.full((1, 1, 1, 1), 0.1307))
         tensor([[[[0.]]]])
+        >>> ImageScaling(((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))(torch.zeros(1, 3, 1, 1)).flatten()
+        tensor([-1., -1., -1.])
     """
 
-    def __init__(self, name: str = "unit", value_range: Sequence[float] | None = None) -> None:
+    name: str | Statistics
+
+    def __init__(self, name: str | Statistics = "unit", value_range: Sequence[float] | None = None) -> None:
         super().__init__()
-        check_option("scaling", name, SCALINGS)
+        if isinstance(name, str):
+            check_option("scaling", name, SCALINGS)
+        else:
+            name = _own_statistics(name)
         if value_range is not None and name not in MEASURED:
             msg = (
                 f"scaling_range must be given with scaling='standard' or 'paper_cifar' only, "
@@ -122,7 +143,7 @@ class ImageScaling(nn.Module):
             check_finite_float("scaling_range[1]", value_range[1], minimum=low, exclusive=True)
         self.name = name
         self.value_range = None if value_range is None else (float(value_range[0]), float(value_range[1]))
-        mean, deviation = _STATISTICS.get(name, ((0.0,), (1.0,)))
+        mean, deviation = _STATISTICS.get(name, ((0.0,), (1.0,))) if isinstance(name, str) else name
         # Constants of the name, so not state: a checkpoint stores the name.
         self.register_buffer("_mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("_deviation", torch.tensor(deviation).reshape(1, -1, 1, 1), persistent=False)
@@ -147,3 +168,20 @@ class ImageScaling(nn.Module):
     def extra_repr(self) -> str:
         """Arguments as the constructor takes them."""
         return f"{self.name!r}" + ("" if self.value_range is None else f", {self.value_range}")
+
+
+def named_statistics(mean: Sequence[float], deviation: Sequence[float]) -> str | Statistics:
+    """The name of the scaling that subtracts a mean and divides by a deviation, or both where none has a name."""
+    statistics = _own_statistics((mean, deviation))
+    return next((name for name, known in _STATISTICS.items() if known == statistics), statistics)
+
+
+def _own_statistics(given: object) -> Statistics:
+    if not isinstance(given, Sequence) or len(given) != 2 or len({len(numbers) for numbers in given}) != 1:
+        msg = f"scaling must be a name, or a mean and a deviation of each channel, got {given!r}"
+        raise TypeError(msg)
+    mean = tuple(check_finite_float(f"scaling[0][{i}]", number) for i, number in enumerate(given[0]))
+    deviation = tuple(
+        check_finite_float(f"scaling[1][{i}]", number, minimum=0, exclusive=True) for i, number in enumerate(given[1])
+    )
+    return mean, deviation

@@ -10,7 +10,9 @@ import torch
 from anomalib.models.components import TimmFeatureExtractor
 from torch import Tensor
 
-__all__ = ["build_backbone", "check_layers", "check_weights", "load_backbone"]
+from toll_plugin.core.image_scaling import Statistics, named_statistics
+
+__all__ = ["build_backbone", "check_layers", "check_weights", "load_backbone", "scaling_of"]
 
 
 def check_layers(layers: Sequence[str]) -> list[str]:
@@ -78,6 +80,16 @@ def build_backbone(name: str, layers: list[str], seed: int | None) -> TimmFeatur
         msg = f"layers must be among {', '.join(known)} for {name}, got {', '.join(layers)}"
         raise ValueError(msg)
     return extractor
+
+
+def scaling_of(backbone: TimmFeatureExtractor) -> str | Statistics:
+    """How images were scaled when the network was pretrained, as timm knows it; like ImageNet's where it does not.
+
+    Returns:
+        A scaling of :class:`toll_plugin.core.ImageScaling`.
+    """
+    known = getattr(backbone.feature_extractor, "pretrained_cfg", None) or {}
+    return named_statistics(known["mean"], known["std"]) if {"mean", "std"} <= set(known) else "imagenet"
 
 
 def _layers_of(extractor: TimmFeatureExtractor) -> list[str]:

@@ -16,7 +16,13 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 
 from toll_plugin.anomalib.base import TollModuleMixin, is_normal, size_for, size_of, validation_batches
-from toll_plugin.anomalib.patch_toll.backbone import build_backbone, check_layers, check_weights, load_backbone
+from toll_plugin.anomalib.patch_toll.backbone import (
+    build_backbone,
+    check_layers,
+    check_weights,
+    load_backbone,
+    scaling_of,
+)
 from toll_plugin.anomalib.patch_toll.torch_model import PatchTollModel
 from toll_plugin.anomalib.post_processor import QuantilePostProcessor
 from toll_plugin.anomalib.pre_processor import TollPreProcessor
@@ -59,7 +65,10 @@ class PatchToll(TollModuleMixin, AnomalibModule):
     images for a fair sample of those to come; that they also chose the epoch is not accounted for.
 
     Args:
-        backbone: Name of a timm network. Default ``"resnet18"``.
+        backbone: Name of a timm network. Default ``"resnet18"``. The vision transformer to try is
+            ``vit_small_patch14_dinov2.lvd142m``, with the blocks of its middle as ``layers``
+            (``("blocks.5", "blocks.7", "blocks.9")``), an ``image_size`` that is a multiple of 14 and a
+            ``stride`` of 14; it is tested, but what it detects has not been measured here.
         layers: Its layers, as timm names them. Default ``("layer1", "layer2", "layer3")``.
         weights_path: File of the backbone's weights, a state dict by ``torch.save`` or safetensors.
             Default: timm's pretrained ones, which it downloads when a fit begins.
@@ -112,7 +121,8 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         cache_limit: Bytes of features in memory; more lie in a temporary file. Default 2e9.
         seed: Of the initial weights, the order of the positions and what is held out. Default:
             drawn from the global generator.
-        pre_processor: True (default) resizes, and scales by ImageNet's mean and deviation.
+        pre_processor: True (default) resizes, and scales by the mean and deviation that the backbone was
+            pretrained with, as timm knows them: ImageNet's for ``resnet18``, 0.5 for ``tf_efficientnet_lite0``.
         post_processor: True (default) is :class:`QuantilePostProcessor`; others take their
             thresholds from the validation split.
         evaluator: True (default) tests image and pixel AUROC and F1.
@@ -197,8 +207,9 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         cache_limit = check_finite_float("cache_limit", cache_limit, minimum=0)
         seed = None if seed is None else check_integer("seed", seed, minimum=0)
         image_size = _size(image_size, pre_processor)
-        if pre_processor is True:
-            pre_processor = TollPreProcessor(image_size, "imagenet")
+        extractor = build_backbone(backbone, layers, seed)
+        if for_backbone := pre_processor is True:
+            pre_processor = TollPreProcessor(image_size, scaling_of(extractor))
         if post_processor is True:
             post_processor = QuantilePostProcessor(0.99 if quantile is None else quantile, confidence)
         elif quantile is not None or confidence is not None:
@@ -213,13 +224,12 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         self.passes, self.cache_limit, self.seed = passes, cache_limit, seed
         self.findings: list[Finding] = []
         self.history: History | None = None
-        self._image_size = image_size
+        self._image_size, self._scales_for_backbone = image_size, for_backbone
         self._hidden_size, self._latent_dim = hidden_size, latent_dim
         self.score_scale = score_scale
         self._loss = TollLoss(beta, strength=strength, exponent=exponent)
         self._score_term, self._score_weight = score_term, weight
         self._image_score = {"share": top_share, "weight": image_weight}
-        extractor = build_backbone(backbone, layers, seed)
         self._channels = sum(extractor.out_dims)
         self._n_components = min(n_components, self._channels)
         patches = self._new_patches(torch.Generator().manual_seed(seed or 0))
@@ -250,7 +260,7 @@ class PatchToll(TollModuleMixin, AnomalibModule):
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> TollPreProcessor:
-        """The default pre-processor: resized, scaled by ImageNet's mean and deviation."""
+        """The default pre-processor of the default backbone: resized, scaled by ImageNet's mean and deviation."""
         return TollPreProcessor(image_size or (256, 256), "imagenet")
 
     def configure_post_processor(self) -> QuantilePostProcessor:
@@ -384,6 +394,13 @@ class PatchToll(TollModuleMixin, AnomalibModule):
                     return None
                 features.append(self.model.embed(batch.image, batch.image_path), batch.image_path)
         return features if features.names else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what the base classes store, and the scaling of the fit, should timm have learnt of another since."""
+        config = checkpoint.get("anomalib_pre_processor_config") or {}
+        super().on_load_checkpoint(checkpoint)
+        if self._scales_for_backbone and isinstance(self.pre_processor, TollPreProcessor) and "scaling" in config:
+            self.pre_processor.scale_by(config["scaling"], config["scaling_range"])
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
         """Predictions of a batch."""

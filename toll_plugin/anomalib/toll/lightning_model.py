@@ -28,6 +28,7 @@ from toll_plugin.anomalib.pre_processor import TollPreProcessor
 from toll_plugin.anomalib.toll.torch_model import NetworkName, TollModel, build_network, check_finite
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding, warn
+from toll_plugin.core.image_scaling import Statistics
 from toll_plugin.core.modes import batch_norm_fits, evaluating
 from toll_plugin.core.objective import (
     Beta,
@@ -102,7 +103,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         lr: Learning rate of Adam, more than 0: the largest, where it falls. Default 5e-4.
         scaling: ``"standard"`` (default: pixels minus their mean, over their standard deviation, over all training
             images), ``"unit"`` (pixels in [0, 1]), ``"imagenet"``, or the authors' ``"paper_mnist"``,
-            ``"paper_fashion_mnist"``, ``"paper_cifar"``.
+            ``"paper_fashion_mnist"``, ``"paper_cifar"``, or a mean and a deviation of each channel.
         scaling_range: ``(a, b)``, the values that become 0 and 1, for ``"standard"`` (mean, and mean plus deviation)
             and ``"paper_cifar"`` (minimum and maximum, see :func:`toll_plugin.core.contrast_range`). Default: that of
             the training images as they are loaded, measured when the first fit begins, logged, stored in checkpoints
@@ -154,7 +155,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         score_weight: float | None = None,
         score_term: ScoreTerm = "total",
         lr: float = 5e-4,
-        scaling: str = "standard",
+        scaling: str | Statistics = "standard",
         scaling_range: tuple[float, float] | None = None,
         max_steps: int | None = 600,
         restore_best_weights: bool = False,
@@ -188,7 +189,7 @@ class Toll(TollModuleMixin, AnomalibModule):
         check_option("network", network, get_args(NetworkName))
         if isinstance(pre_processor, TollPreProcessor):
             scaling, scaling_range = pre_processor.scaling, pre_processor.scaling_range
-        elif pre_processor is not True and (scaling not in {"standard", "unit"} or scaling_range is not None):
+        elif pre_processor is not True and (scaling not in ("standard", "unit") or scaling_range is not None):
             msg = f"scaling reaches the default pre_processor only, got scaling={scaling!r} and another pre_processor"
             raise ValueError(msg)
         image_size = size_for(image_size, pre_processor)
