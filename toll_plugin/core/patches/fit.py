@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
+from toll_plugin.core.devices import to_device
 from toll_plugin.core.diagnostics import CollapseMonitor, Finding
 from toll_plugin.core.modes import evaluating
 from toll_plugin.core.objective import ScoreScale, TollTerms
@@ -83,7 +84,7 @@ def fit_patches(
 
     @torch.no_grad()
     def prepare(fetched: Tensor) -> Tensor:
-        return model.prepare(fetched.to(device))
+        return model.prepare(to_device(fetched, device))
 
     _check_shape("rows", rows, len(model.mean))
     _check_shape("validation", validation, len(model.mean))
@@ -168,11 +169,11 @@ def _pieces(rows: Rows) -> Iterator[Tensor]:
 
 
 def _statistics(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, from the deviations from the first piece's mean."""
-    origin = rows[slice(0, _PIECE)].double().mean(dim=0)
+    """Mean and standard deviation of each channel, from the deviations from the first piece's mean, on the CPU."""
+    origin = rows[slice(0, _PIECE)].cpu().double().mean(dim=0)
     total, squares = torch.zeros_like(origin), torch.zeros_like(origin)
     for part in _pieces(rows):
-        moved = part.double() - origin
+        moved = part.cpu().double() - origin
         total += moved.sum(dim=0)
         squares += moved.square().sum(dim=0)
     mean = total / len(rows)

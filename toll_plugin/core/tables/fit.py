@@ -176,7 +176,7 @@ def fit_table(
         generator: Source of order and noise; by default a new one seeded with 0.
         progress: Show a bar.
         on_epoch: Called after each epoch, see :func:`toll_plugin.core.fit`.
-        optimizers: What an earlier fit of these networks returned as such, to go on with.
+        optimizers: What an earlier fit of these networks returned as such, to go on with; on any device.
 
     Returns:
         The model, one history per network, and the optimisers' states.
@@ -228,7 +228,14 @@ def fit_table(
     model = TableModel(scaling, found, weight=score_weight, exponent=exponent, score_term=score_term)
     measured = [_measured(model, i, x, split.measured, metric, score_scale) for i in range(len(found))]
     model = TableModel(scaling, measured, weight=score_weight, exponent=exponent, score_term=score_term)
-    return FittedTable(model, trained.histories, trained.optimizers)
+    return FittedTable(model, trained.histories, [_on_cpu(state) for state in trained.optimizers])
+
+
+def _on_cpu(state: Any) -> Any:
+    """What an optimiser has gathered, where a file of it can be read without the device it was trained on."""
+    if isinstance(state, dict):
+        return {name: _on_cpu(value) for name, value in state.items()}
+    return state.cpu() if isinstance(state, Tensor) else state
 
 
 def _measured(

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from toll_plugin.core.devices import to_device
 from toll_plugin.core.tables.scaling import Floats, TableScaling
 
 __all__ = ["Preprocessing", "TableRows", "scale_rows"]
@@ -47,7 +48,7 @@ class TableRows:
         if not np.isfinite(single).all():
             msg = f"preprocessing must give values that single precision holds, got up to {np.abs(scaled).max():.3g}"
             raise ValueError(msg)
-        return torch.from_numpy(single).to(self._device)
+        return to_device(torch.from_numpy(single), self._device)
 
 
 def scale_rows(scaling: Preprocessing, raw: NDArray[Any]) -> Floats:

@@ -101,8 +101,8 @@ def fit(
             training step, whose targets stay clean (denoising). Default 0.
         input_limit: What the network sees is clipped to plus and minus this, before the noise; the
             targets are not. Default: nothing is.
-        generator: Source of the order of the samples and of noise; the default is a new one
-            seeded with 0. The global generator is never used.
+        generator: Source of the order of the samples and of noise, on the CPU whatever the network's device;
+            the default is a new one seeded with 0. The global generator is never used.
         progress: Show a bar.
         on_epoch: Called after each epoch with its number, from 0, and the histories so far.
 

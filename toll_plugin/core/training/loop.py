@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from toll_plugin.core.devices import to_device
 from toll_plugin.core.networks import check_input
 from toll_plugin.core.objective import TollTerms
 from toll_plugin.core.rows import Rows
@@ -121,6 +122,8 @@ class Loop:
         seen = 0
         waiting: list[tuple[int, Tensor]] = []
         order = torch.randperm(len(self._x), generator=self._generator)
+        if isinstance(self._x, Tensor):
+            order = order.to(self._x.device)  # once, for an index on another device is copied in each step
         batches = self._batches(order)[: self._steps - step]
         for i, index in enumerate(batches, start=1):
             targets = self._x[index]
@@ -165,15 +168,17 @@ class Loop:
         if self._options.noise == 0:
             return x
         drawn = torch.randn(x.shape, generator=self._generator, dtype=x.dtype)
-        return x + self._options.noise * drawn.to(x.device)
+        return x + self._options.noise * to_device(drawn, x.device)
 
     def _held_out(self, validation: Tensor | Rows) -> Tensor:
         """Mean held-out loss of each member."""
-        sums = torch.zeros(2, self._learner.members, dtype=torch.float64)
+        found = []
         for start in range(0, len(validation), _EVALUATION_BATCH):
             targets = validation[slice(start, start + _EVALUATION_BATCH)]
-            terms = self._learner.terms(self._clipped(targets), targets)
-            sums += torch.stack([*terms]).cpu().double().sum(dim=2)
+            found.append(torch.stack([*self._learner.terms(self._clipped(targets), targets)]))
+        sums = torch.zeros(2, self._learner.members, dtype=torch.float64)
+        for part in found:  # fetched when the device has all to do, and wide here, since some devices have no double
+            sums += part.cpu().double().sum(dim=2)
         return self._learner.totals(TollTerms(*(sums / len(validation))))
 
 
