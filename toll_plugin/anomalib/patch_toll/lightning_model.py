@@ -229,7 +229,7 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         self.score_scale = score_scale
         self._loss = TollLoss(beta, strength=strength, exponent=exponent)
         self._score_term, self._score_weight = score_term, weight
-        self._image_score = {"share": top_share, "weight": image_weight}
+        self._image_score = (top_share, image_weight)
         self._channels = sum(extractor.out_dims)
         self._n_components = min(n_components, self._channels)
         patches = self._new_patches(torch.Generator().manual_seed(seed or 0))
@@ -245,7 +245,7 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         return PatchAutoencoder(network, self._loss, self._score_term, self._channels, self._score_weight)
 
     def _new_image_score(self) -> ImageScore:
-        return ImageScore(self._channels, **self._image_score)
+        return ImageScore(self._channels, *self._image_score)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
