@@ -25,8 +25,11 @@ def categories(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def folder_of(arguments: Mapping[str, Any], name: str) -> Path:
-    """The ``root`` that an experiment names, else ``name`` where data are looked for."""
-    return Path(arguments["root"]).expanduser() if "root" in arguments else data_root() / name
+    """The ``root`` that an experiment names, there or where data are looked for; else ``name`` where they are."""
+    if "root" not in arguments:
+        return data_root() / name
+    root = Path(arguments["root"]).expanduser()
+    return root if root.exists() else data_root() / root
 
 
 def _category(arguments: Mapping[str, Any], part: str) -> Path:

@@ -71,24 +71,42 @@ def _backbone(task: Task) -> dict[str, Any]:
     return {"backbone": task.backbone}
 
 
+def _stages(backbone: str, *strides: int) -> list[dict[str, Any]]:
+    """The stages of a backbone that shrink images by these factors, as timm describes them; of a ResNet 4 is layer1."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):  # it draws weights, which nobody needs
+        stages = timm.create_model(backbone, features_only=True).feature_info.get_dicts()
+    found = {stage["reduction"]: stage for stage in stages}
+    return [found[stride] for stride in strides]
+
+
+def _at(*strides: int, one: bool = False) -> Callable[[Task], dict[str, Any]]:
+    """The backbone, and its layers of these strides, or its ``layer``."""
+
+    def arguments(task: Task) -> dict[str, Any]:
+        names = [stage["module"] for stage in _stages(task.backbone, *strides)]
+        return {**_backbone(task), **({"layer": names[0]} if one else {"layers": names})}
+
+    return arguments
+
+
+def _padim(task: Task) -> dict[str, Any]:
+    """anomalib knows how many features to draw for two backbones only."""
+    return {**_at(4, 8, 16)(task), "n_features": 550 if task.backbone == "wide_resnet50_2" else 100}
+
+
 def _patchcore(task: Task) -> dict[str, Any]:
     """anomalib's tenth of the patches, or fewer if that is more than two cores can search for."""
     patches = task.images * task.size[0] * task.size[1] // 64
-    return {**_backbone(task), "coreset_sampling_ratio": min(0.1, PATCHES / patches)}
+    return {**_at(8, 16)(task), "coreset_sampling_ratio": min(0.1, PATCHES / patches)}
 
 
 def _fre(task: Task) -> dict[str, Any]:
-    """The third layer's features, averaged over 2x2: their number is an argument."""
-    import timm
-
-    layers = timm.create_model(task.backbone, features_only=True).feature_info.get_dicts()
-    layer = next(layer for layer in layers if layer["module"] == "layer3")
-    stride = 2 * layer["reduction"]
-    return {
-        **_backbone(task),
-        "layer": "layer3",
-        "input_dim": layer["num_chs"] * (task.size[0] // stride) * (task.size[1] // stride),
-    }
+    """The features of stride 16, averaged over 2x2: their number is an argument."""
+    (stage,) = _stages(task.backbone, 16)
+    cells = (task.size[0] // 32) * (task.size[1] // 32)
+    return {**_backbone(task), "layer": stage["module"], "input_dim": stage["num_chs"] * cells}
 
 
 def _toll(task: Task) -> dict[str, Any]:
@@ -98,7 +116,7 @@ def _toll(task: Task) -> dict[str, Any]:
 def _patch_toll(task: Task) -> dict[str, Any]:
     weights = str(task.weights) if task.weights is not None and task.pretrained else None
     return {
-        **_backbone(task),
+        **_at(4, 8, 16)(task),
         "weights_path": weights,
         "pre_trained": task.pretrained,
         "image_size": task.size,
@@ -165,8 +183,8 @@ def _collapsed_glass(task: Task) -> dict[str, Any]:
     return {**_backbone(task), "input_shape": task.size, "pretrain_embed_dim": 384, "target_embed_dim": 384, "step": 3}
 
 
-#: By the names of the field. All backbones are used up to their third layer, also by DFKDE, whose
-#: default is the fourth. Steps are what one core does in about two minutes on a few hundred images of
+#: By the names of the field. All backbones are used up to a stride of 16, a ResNet's third layer, also by DFKDE,
+#: whose default is the fourth. Steps are what one core does in about two minutes on a few hundred images of
 #: 128x128 pixels, far fewer than the papers'; ``max_epochs`` of a budget grants more.
 MODELS: dict[str, Model] = {
     # Its own early stopping ends it; one-channel images stay so, and none is resized.
@@ -174,11 +192,11 @@ MODELS: dict[str, Model] = {
     # One pass over the images; its steps are its own.
     "PatchToll": Model("PatchToll", _patch_toll, _predict_patch_toll, batch_size=16),
     "PatchCore": Model("Patchcore", _patchcore, _predict),
-    "PaDiM": Model("Padim", _backbone, _predict),
+    "PaDiM": Model("Padim", _padim, _predict),
     # PatchToll without its network.
-    "Subspace": Model("benchmarks.methods.subspace.Subspace", _backbone, _predict),
-    "DFM": Model("Dfm", lambda task: {**_backbone(task), "layer": "layer3"}, _predict),
-    "DFKDE": Model("Dfkde", lambda task: {**_backbone(task), "layers": ["layer3"]}, _predict_dfkde),
+    "Subspace": Model("benchmarks.methods.subspace.Subspace", _at(4, 8, 16), _predict),
+    "DFM": Model("Dfm", _at(16, one=True), _predict),
+    "DFKDE": Model("Dfkde", _at(16), _predict_dfkde),
     "FRE": Model("Fre", _fre, _predict, steps=200),
     "STFPM": Model("Stfpm", _backbone, _predict, steps=100),
     "ReverseDistillation": Model("ReverseDistillation", _backbone, _predict, steps=100, batch_size=16),
