@@ -153,7 +153,7 @@ MODELS = {
     "PatchToll": _patch_toll,
     "CollapsedGanomaly": _collapsed(CollapsedGanomaly, 32, n_features=8, latent_vec_size=10, batch_size=4),
     "CollapsedReverseDistillation": _collapsed(
-        CollapsedReverseDistillation, 32, backbone="resnet18", layers=["layer1", "layer2", "layer3"], pre_trained=False
+        CollapsedReverseDistillation, 64, backbone="resnet18", layers=["layer1", "layer2", "layer3"], pre_trained=False
     ),
 }
 SLOW = ("PatchToll", "CollapsedReverseDistillation")
