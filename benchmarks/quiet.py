@@ -13,14 +13,19 @@ from typing import Any
 from unittest import mock
 
 
+def device() -> str:
+    """Where anomalib's models train and score: the CPU, or what TOLL_BENCHMARKS_DEVICE says, such as cuda."""
+    return os.environ.get("TOLL_BENCHMARKS_DEVICE", "cpu")
+
+
 def quiet_engine(folder: str, max_epochs: int, **arguments: Any) -> Any:
-    """anomalib's Engine on one CPU device, writing below ``folder``; other ``arguments`` are its trainer's."""
+    """anomalib's Engine on one :func:`device`, writing below ``folder``; other ``arguments`` are its trainer's."""
     from anomalib.engine import Engine
 
     return Engine(
         default_root_dir=folder,
         max_epochs=max_epochs,
-        accelerator="cpu",
+        accelerator=device(),
         devices=1,
         enable_progress_bar=False,
         enable_model_summary=False,

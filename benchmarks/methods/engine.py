@@ -18,11 +18,11 @@ from torch import Tensor
 from benchmarks.interfaces import Budget, Detector, Scored, Split
 from benchmarks.methods.backbones import local_backbone
 from benchmarks.methods.models import MODELS, Task
-from benchmarks.quiet import apart, quiet_engine
+from benchmarks.quiet import apart, device, quiet_engine
 
 
 class EngineDetector(Detector):
-    """One of :data:`MODELS`, trained on one CPU device by anomalib's Engine.
+    """One of :data:`MODELS`, trained on one device by anomalib's Engine, see :func:`benchmarks.quiet.device`.
 
     Its scores are the model's own, before anomalib's normalisation, which clips to [0, 1]. Images
     are resized as in training, with antialiasing.
@@ -137,12 +137,15 @@ class EngineDetector(Detector):
     def score(self, samples: Tensor) -> Scored:
         """In batches; a sample's score does not depend on the others."""
         data, found = _dataset(samples), []
+        self.model.to(device())  # the Engine leaves it on the CPU
         with torch.no_grad():
             for start in range(0, len(samples), self._spec.batch_size):
-                images = data.__getitems__(range(start, min(start + self._spec.batch_size, len(samples)))).image
+                images = data.__getitems__(range(start, min(start + self._spec.batch_size, len(samples)))).image.to(
+                    device()
+                )
                 # Not the pre-processor itself, which is for exported models and resizes without antialiasing.
                 said = self._spec.predict(self.model, self.model.pre_processor.transform(images))
-                found.append({key: value.as_subclass(Tensor) for key, value in said.items() if value is not None})
+                found.append({key: value.as_subclass(Tensor).cpu() for key, value in said.items() if value is not None})
         joined = {key: torch.cat([batch[key] for batch in found]) for key in found[0]}
         maps = joined.pop("maps", None)
         terms = {key: value.double().reshape(-1).numpy() for key, value in joined.items()}
@@ -165,6 +168,7 @@ class EngineDetector(Detector):
             "image_size": list(self._size),
             "backbone": self._backbone,
             "pretrained": "imagenet, anomalib" if self._name == "EfficientAd" else weights,
+            **({} if device() == "cpu" else {"device": torch.cuda.get_device_name(device())}),
         }
 
 
