@@ -61,8 +61,9 @@ class PatchToll(TollModuleMixin, AnomalibModule):
     the threshold: those of the validation split where all its images are normal, else a fifth of
     the training images. What so many promise of the rate of false alarms is logged by each fit and kept
     in ``post_processor.promise``, in checkpoints and exports: with 95 % confidence at most 7 % of further
-    normal images are flagged where 40 were held out, 5 % with 59 and 1 % with 299. That takes held-out
-    images for a fair sample of those to come; that they also chose the epoch is not accounted for.
+    normal images are flagged where 40 were held out, 5 % with 59, and with ``confidence=0.95`` 1 % with
+    299. That takes held-out images for a fair sample of those to come; that they also chose the epoch is
+    not accounted for.
 
     Args:
         backbone: Name of a timm network. Default ``"resnet18"``. The vision transformer to try is
