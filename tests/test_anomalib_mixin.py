@@ -105,6 +105,25 @@ def test_every_ready_class_is_in_the_contract():
     assert sorted(collapsed.__all__) == sorted(f"Collapsed{host.name}" for host in HOSTS)
 
 
+def test_by_default_the_term_is_on_where_it_gained():
+    on = {name for name in collapsed.__all__ if getattr(collapsed, name).collapse_weight}
+    assert on == {"CollapsedGlass", "CollapsedSupersimplenet"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_by_default_a_model_is_its_bare_host():
+    models = []
+    for kind in (CollapsedGanomaly, anomalib_models.Ganomaly):
+        seed()
+        models.append(kind(**GANOMALY, pre_processor=False, visualizer=False, evaluator=False).eval())
+    assert models[0].collapse.is_off
+    assert models[0].collapse.score_weight == 0
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        ours, theirs = (model(images).pred_score for model in models)
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.xfail(
     Version(torch.__version__) < Version("2.14"),
     reason="torch 2.10 recurses without end in anomalib's batches; 2.14 does not, those between were not tried",
@@ -114,7 +133,11 @@ def test_every_ready_class_is_in_the_contract():
 def test_lightning_trains_a_compiled_module(mvtec_root):
     seed()
     model = CollapsedGanomaly(
-        **GANOMALY, pre_processor=CollapsedGanomaly.configure_pre_processor((32, 32)), visualizer=False, evaluator=False
+        **GANOMALY,
+        pre_processor=CollapsedGanomaly.configure_pre_processor((32, 32)),
+        visualizer=False,
+        evaluator=False,
+        collapse_weight=1.0,
     )
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1)
     data = MVTecAD(root=mvtec_root, category="part", train_batch_size=4, eval_batch_size=4, num_workers=0)
