@@ -138,7 +138,8 @@ def test_by_default_a_model_is_its_bare_host():
     models = []
     for kind in (CollapsedGanomaly, anomalib_models.Ganomaly):
         seed()
-        models.append(kind(**GANOMALY, pre_processor=False, visualizer=False, evaluator=False).eval())
+        small = {"pre_processor": kind.configure_pre_processor((32, 32)), "visualizer": False, "evaluator": False}
+        models.append(kind(**GANOMALY, **small).eval())
     assert models[0].collapse.is_off
     assert models[0].collapse.score_weight == 0
     images = torch.rand(2, 3, 32, 32)
