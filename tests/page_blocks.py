@@ -33,6 +33,7 @@ _IMAGES = _small("{digits: {parts: [8]}}", "Toll, KNN")
 _PATCHES = _small("{mvtec: {root: MVTecAD, parts: [part], image_size: 64}}", "{PatchToll: {max_steps: 20}}, PaDiM")
 _PAPER = " --classes 3 --seeds 1 --iterations 2 --batch-size 3 --validation-size 40 --jobs 1"
 _MIXIN = " --categories [part] --classes [8] --strengths [1] --seeds 1 --epochs 1 --jobs 1"
+_MIXIN_IMAGES = " --hosts [Ganomaly] --pressures [] --epochs 1 --jobs 1"
 
 #: Trainings and benchmarks take minutes to days. What makes each command small, by how it begins; one that is not here
 #: fails. .ci/run trains the README's first command in full.
@@ -84,6 +85,9 @@ SMALL = {
     f"{_BENCHMARKS}paper --dataset arrhythmia": " --seeds 1 --iterations 40 --jobs 1",
     f"{_BENCHMARKS}paper": _PAPER,
     f"{_BENCHMARKS}stopping": " --sets [] --classes [1] --names [arrhythmia] --seeds 1 --iterations 30 --jobs 1",
+    f"{_BENCHMARKS}mixin --classes '[1": _MIXIN_IMAGES + " --classes [8]",
+    f"{_BENCHMARKS}mixin --classes '[]' --mnist": _MIXIN_IMAGES + " --mnist [8]",
+    f"{_BENCHMARKS}mixin --classes '[]' --folders": _MIXIN_IMAGES + " --folders [MVTecAD/part]",
     f"{_BENCHMARKS}mixin --mvtec": f"{_MIXIN} --hosts [Ganomaly]",
     f"{_BENCHMARKS}mixin --roots": " --names [small] --hosts [AutoEncoder] --seeds 1 --max_epochs 1 --jobs 1",
     f"{_BENCHMARKS}mixin --mvtec MVTecAD --hosts": _MIXIN,

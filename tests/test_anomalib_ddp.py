@@ -58,7 +58,7 @@ processes = int(sys.argv[1])
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = CollapsedGanomaly(n_features=8, latent_vec_size=10, batch_size=16, visualizer=False, evaluator=False,
-                          pre_processor=CollapsedGanomaly.configure_pre_processor((32, 32)))
+                          collapse_weight=1.0, pre_processor=CollapsedGanomaly.configure_pre_processor((32, 32)))
 # As anomalib's GANomaly wants it: each of its two losses leaves the other network out.
 parallel = {"strategy": "ddp_find_unused_parameters_true", "devices": 2} if processes == 2 else {"devices": 1}
 trainer = Trainer(max_epochs=3, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,

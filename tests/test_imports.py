@@ -16,6 +16,7 @@ from types import FunctionType
 import numpy as np
 import pytest
 import torch
+from nursery import nursery
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +34,25 @@ def printed(code: str, **environment: str) -> str:
     result = run(code, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+#: What anomalib imports besides torch, and what needs torch: nothing of it has a part in the registration.
+OTHERS = "import matplotlib.pyplot, pandas, PIL.Image, pyarrow, scipy.stats, sklearn.metrics, sympy"
+
+
+@pytest.fixture(scope="module")
+def before_torch():
+    """Processes in which torch is not imported yet."""
+    with nursery(OTHERS) as found:
+        assert found.printed("import sys; print('torch' in sys.modules)") == "False"
+        yield found
+
+
+@pytest.fixture(scope="module")
+def switched_off():
+    """Processes in which anomalib's models are imported and torch calls no entry point."""
+    with nursery("import anomalib.models", TORCH_DEVICE_BACKEND_AUTOLOAD="0") as found:
+        yield found
 
 
 def test_the_package_loads_neither_torch_nor_a_host():
@@ -114,7 +134,7 @@ def test_the_core_works_where_no_host_is_installed():
         "import torch, importlib.util; importlib.util.find_spec('anomalib.models.image'); import anomalib.models",
     ],
 )
-def test_registered_whatever_is_imported_first(first):
+def test_registered_whatever_is_imported_first(first, before_torch):
     code = f"""
         import warnings
         warnings.simplefilter("error", RuntimeWarning)
@@ -126,31 +146,31 @@ def test_registered_whatever_is_imported_first(first):
         print(type(model).__name__, "toll" in list_models(), anomalib.data.DigitsOneVsRest.__name__, left)
         print(type(anomalib.models.image.__spec__.loader).__name__)
     """
-    assert printed(code).splitlines() == ["Toll True DigitsOneVsRest []", "SourceFileLoader"]
+    assert before_torch.printed(code).splitlines() == ["Toll True DigitsOneVsRest []", "SourceFileLoader"]
 
 
-def test_switched_off_by_torchs_own_variable():
+def test_switched_off_by_torchs_own_variable(switched_off):
     code = """
         import anomalib.models
         print(hasattr(anomalib.models, "Toll"))
         import toll_plugin.anomalib
         print(hasattr(anomalib.models, "Toll"))
     """
-    assert printed(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").split() == ["False", "True"]
+    assert switched_off.printed(code).split() == ["False", "True"]
 
 
-def test_the_dotted_path_works_where_it_is_switched_off(tmp_path):
+def test_the_dotted_path_works_where_it_is_switched_off(switched_off, tmp_path):
     code = f"""
         from anomalib.cli import AnomalibCLI
         arguments = ["train", "--model", "toll_plugin.anomalib.Toll", "--model.image_size", "16"]
         cli = AnomalibCLI([*arguments, "--data", "MVTecAD", "--default_root_dir", {str(tmp_path)!r}], run=False)
         print(type(cli.model).__name__)
     """
-    assert printed(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "Toll"
+    assert switched_off.printed(code) == "Toll"
 
 
 @pytest.mark.parametrize("broken", ["raise ImportError('no')", "raise SystemError('worse')"])
-def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken):
+def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken, before_torch):
     code = f"""
         import sys, warnings
         from importlib.abc import Loader, MetaPathFinder
@@ -171,10 +191,10 @@ def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken):
         print([w.category.__name__ for w in caught if "toll_plugin" in str(w.message)])
         print(anomalib.models.Padim.__name__)
     """
-    assert printed(code).splitlines() == ["['RuntimeWarning']", "Padim"]
+    assert before_torch.printed(code).splitlines() == ["['RuntimeWarning']", "Padim"]
 
 
-def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors():
+def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors(before_torch):
     code = """
         import sys
         sys.modules["toll_plugin.core"] = None
@@ -183,7 +203,7 @@ def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors():
         import anomalib.models
         print(anomalib.models.Padim.__name__)
     """
-    result = run(code)
+    result = before_torch.run(code)
     assert result.stdout.strip() == "Padim"
     assert "toll_plugin could not register" in result.stderr
 
@@ -196,7 +216,7 @@ def test_importing_torch_alone_imports_no_adapter():
     assert printed(code) == "['toll_plugin', 'toll_plugin._autoload']"
 
 
-def test_arming_twice_or_late_is_harmless():
+def test_arming_twice_or_late_is_harmless(before_torch):
     code = """
         import sys, torch
         from toll_plugin._autoload import arm
@@ -206,18 +226,18 @@ def test_arming_twice_or_late_is_harmless():
         arm()
         print(len([f for f in sys.meta_path if "toll_plugin" in type(f).__module__]), hasattr(anomalib.models, "Toll"))
     """
-    assert printed(code).splitlines() == ["1", "0 True"]
+    assert before_torch.printed(code).splitlines() == ["1", "0 True"]
 
 
-def test_late_arming_registers_what_is_already_imported():
+def test_late_arming_registers_what_is_already_imported(switched_off):
     code = """
-        import os, anomalib.models
+        import anomalib.models
         from toll_plugin._autoload import arm
         print(hasattr(anomalib.models, "Toll"))
         arm()
         print(hasattr(anomalib.models, "Toll"))
     """
-    assert printed(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").split() == ["False", "True"]
+    assert switched_off.printed(code).split() == ["False", "True"]
 
 
 def test_spawned_processes_know_the_model(tmp_path):

@@ -11,6 +11,7 @@ from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import wilcoxon
 
@@ -209,6 +210,33 @@ def test_holm_by_hand():
     assert found["A"] == pytest.approx(3 * 2 / 2**8)
     assert found["B"] == pytest.approx(min(1, max(2 * raw[1], 3 * raw[0])))
     assert found["C"] == 1
+
+
+@pytest.mark.parametrize(
+    ("gaps", "p"),
+    [
+        # Of 64 signs, 2 are as far out as all alike, and 4 as far as all but the smallest.
+        ([1, 2, 3, 4, 5, 6], 2 / 64),
+        ([-1, 2, 3, 4, 5, 6], 4 / 64),
+        # Ties share rank 3.5; one gap of 0 leaves five, whose 32 signs have 2 that are as far out.
+        ([2, 2, 2, 2, 2, 2], 2 / 64),
+        ([0, 2, 2, 2, 2, 2], 2 / 32),
+        ([0, 0, 0, 0, 0, 0], 1),
+        # Ranks 1.5, 1.5, 3, 4, 5, 6: without one of the first two, as far out as all 21 are, or 19.5.
+        ([-1, 1, 2, 3, 4, 5], 2 * 3 / 64),
+        ([1, 2, 3, 4, 5], None),
+    ],
+)
+def test_signed_ranks_by_hand(gaps, p):
+    assert comparison.signed_rank(pd.Series(gaps, dtype=float)) == (None if p is None else pytest.approx(p))
+
+
+def test_signed_ranks_are_those_of_scipy():
+    rng = np.random.default_rng(2)
+    for count in (6, 8, 9, 13, 14, 17):
+        for gaps in (rng.normal(0.5, 1, count), rng.integers(-2, 4, count).astype(float)):
+            expected = wilcoxon(gaps).pvalue
+            assert comparison.signed_rank(pd.Series(gaps)) == pytest.approx(expected, rel=1e-9), gaps
 
 
 def test_critical_differences_need_methods_and_parts():

@@ -219,7 +219,8 @@ def mixin(
 ) -> None:
     """AUROC of each host without the term, with it in the loss, and with it in loss and score.
 
-    Hosts have the weights 0, multiples of their default (on tables the default) and ``"auto"``. Of one training all
+    Hosts have the weights 0, multiples of one that makes the term a tenth of their loss (on tables the default) and
+    ``"auto"``. Of one training all
     scores are made: the host's own, with the norm as it is, and with both in units of normal samples, which on the
     bare host is ``collapse_strength=0``.
 
@@ -238,7 +239,7 @@ def mixin(
         max_train: Training images to draw, before the replacement.
         max_test: Test images to draw.
         hosts: By default all.
-        strengths: Multiples of the default weights, on images.
+        strengths: Multiples of the weights, on images.
         protocols: On tables: ``"semi-supervised"`` trains on half of the normal rows, ``"unsupervised"`` on all
             rows, which are then ranked. Both by default.
         pressures: Strengths of ``collapse_weight="auto"``.

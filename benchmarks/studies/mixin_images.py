@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import statistics
 import time
@@ -18,7 +17,17 @@ from benchmarks.interfaces import Budget, Split
 from benchmarks.run.tables import mean_and_error
 from toll_plugin.core.checks import check_finite_float
 
-__all__ = ["BUDGETS", "Pictures", "arms_of", "calls_of", "contaminated", "pairs_table", "run_images", "tested"]
+__all__ = [
+    "BUDGETS",
+    "WEIGHTS",
+    "Pictures",
+    "arms_of",
+    "calls_of",
+    "contaminated",
+    "pairs_table",
+    "run_images",
+    "tested",
+]
 
 #: Side of the images in pixels and epochs of each host among anomalib's models, on the digits, MNIST and parts.
 BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
@@ -29,6 +38,16 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
     "Glass": {"digits": (64, 10), "mnist": (32, 5), "parts": (128, 1)},
     # Not on parts: a step of 16 images of 128 pixels takes a minute on one core.
     "Draem": {"digits": (32, 2), "mnist": (32, 1)},
+}
+
+#: Runs have multiples of these weights, which make the term about a tenth of a host's loss at the first step.
+WEIGHTS = {
+    "Ganomaly": 1.0,
+    "ReverseDistillation": 0.01,
+    "Fre": 0.002,
+    "Supersimplenet": 0.05,
+    "Glass": 0.05,
+    "Draem": 0.01,
 }
 
 #: Ways to score of a run, beside the host's own: their columns.
@@ -165,7 +184,7 @@ def run_images(
         data: Name in the record.
         seed: Of weights and batches.
         automatic: Whether the weight is ``"auto"``.
-        strength: Of ``"auto"``, else how many times the default weight.
+        strength: Of ``"auto"``, else how many times the weight of :data:`WEIGHTS`.
         contamination: For the record: of the images that ``make`` returns.
         make: The images.
         budget: Epochs and a backbone's weights.
@@ -179,8 +198,7 @@ def run_images(
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    default = getattr(importlib.import_module("toll_plugin.anomalib"), f"Collapsed{host}").collapse_weight
-    weight: Any = "auto" if automatic else strength * default
+    weight: Any = "auto" if automatic else strength * WEIGHTS[host]
     given = {**arguments, "collapse_weight": weight, "collapse_score_weight": 0.0}
     if automatic:
         given["collapse_strength"] = strength
@@ -193,7 +211,7 @@ def run_images(
         # The score has no part in training. With these weights it has the norm as it is, so that both are known.
         detector.model.collapse_weight, detector.model.collapse_score_weight = 0.0, 1.0
         known, terms = (detector.score(images).terms for images in (split.validation, split.test))
-    own = default * detector.model.collapse_score_factor() * (1.0 if automatic else max(strength, 1.0))
+    own = WEIGHTS[host] * detector.model.collapse_score_factor() * (1.0 if automatic else max(strength, 1.0))
     norms = terms["latent"]
     found = {"auroc": terms["host"], "auroc_with_term": terms["host"] + own * norms}
     found["auroc_in_units"] = in_units_of(known, terms)
@@ -238,7 +256,7 @@ def _group(run: Mapping[str, Any]) -> str:
 
 
 def _arm(run: Mapping[str, Any]) -> str:
-    """The bare host first, then multiples of the default weight; older records have nothing else."""
+    """The bare host first, then multiples of the host's weight; older records have nothing else."""
     if run.get("weight") == "auto":
         return f"auto x {run['strength']:g}"
     return f"x {run['strength']:g}" if run["strength"] else "0"

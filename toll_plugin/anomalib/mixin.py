@@ -52,9 +52,10 @@ class TargetedCollapseMixin(ScoresWithNorm):
     It is no measure of their spread: the norm outweighs a host whose scores have a large offset, as it does with the
     median of positive scores, and ``collapse_score_weight`` is there to correct it. The map stays in the host's unit.
 
-    Ten models of anomalib are ready-made. STFPM, L2BT, FoundAD, GeneralAD and CFM are not, because nothing
-    in them is a bottleneck, nor is CFA, whose descriptors have centres of their own; with a
-    ``collapse_layer`` of yours the mixin takes these as well.
+    Ten models of anomalib are ready-made; all but two have a weight of 0 until you give one, since the term gained
+    nothing in them or was not measured (benchmarks/results/mixin.md). STFPM, L2BT, FoundAD, GeneralAD and CFM
+    are not ready-made, because nothing in them is a bottleneck, nor is CFA, whose descriptors have centres of their
+    own; with a ``collapse_layer`` of yours the mixin takes these as well.
 
     Args:
         collapse_weight: ``w`` in the loss, in units of the host's loss per unit of the latent, at
