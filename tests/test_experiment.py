@@ -156,6 +156,19 @@ def test_a_folder_in_mvtecs_layout(mvtec_root):
         DATASETS["mvtec"].parts({"root": mvtec_root / "part/test"})
 
 
+def test_one_model_for_all_parts_of_a_folder(tmp_path, mvtec_root):
+    for name, kept in (("part", 12), ("other", 6)):
+        shutil.copytree(mvtec_root / "part", tmp_path / name)
+        for path in sorted((tmp_path / name / "train/good").iterdir())[kept:]:
+            path.unlink()
+    alone = [split_of("mvtec", name, root=tmp_path, image_size=32) for name in ("other", "part")]
+    joined = split_of("mvtec", "part", root=tmp_path, image_size=32, joined=True)
+    for name in ("train", "validation"):
+        expected = torch.cat([getattr(split, name) for split in alone])
+        assert torch.equal(getattr(joined, name), expected)
+    assert torch.equal(joined.test, alone[1].test)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_file_of_ones_own(tmp_path, suffix):
     frame = pd.DataFrame({"a": [0.5, 1, 2, 3, 9], "b": range(5), "bad": [0, 0, 0, 0, 1]})

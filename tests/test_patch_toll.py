@@ -593,10 +593,15 @@ def test_unfitted_models_do_not_score(mvtec_root, tmp_path):
         engine(tmp_path).test(_model(), datamodule=_data(mvtec_root))
 
 
-def test_one_image_is_too_few(tmp_path):
+def test_one_image_is_enough_and_promises_nothing(tmp_path, caplog):
     data = _folder(tmp_path, [(40, 48)], normal_test_dir="good", val_split_mode="same_as_test")
-    with pytest.raises(ValueError, match="at least 2 images"):
-        _fit(_model(), tmp_path, data)
+    model = _model()
+    _fit(model, tmp_path, data)
+    assert "the only image was also taken for a held-out one" in caplog.text
+    assert model.post_processor.promise == {}
+    found = model.eval().model(torch.rand(2, 3, 64, 96))
+    assert bool(found.pred_score.isfinite().all())
+    assert model.model.image_score.image_unit == torch.inf
 
 
 def test_nan_pixels_are_refused(mvtec_root, tmp_path):

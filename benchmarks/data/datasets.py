@@ -199,12 +199,12 @@ DATASETS: dict[str, DataSet] = {
         "cifar100_coarse", "CIFAR100OneVsRest", "cifar-100-python", "CIFAR-100, one of 20 superclasses normal"
     ),
     "mvtec": DataSet(
-        "MVTec AD, or one folder or several in its layout; masks give pixel metrics",
+        "MVTec AD, or one folder or several in its layout; masks give pixel metrics; joined: true trains on all parts",
         "images",
         categories,
         files_of,
         inspected,
-        ("root", "image_size"),
+        ("root", "image_size", "joined"),
     ),
     "odds": _collection("ODDS", "the tables of a folder with ODDS' .mat files"),
     "adbench": _collection("ADBench", "the tables of a folder with ADBench's .npz files"),

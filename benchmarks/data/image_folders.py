@@ -39,10 +39,13 @@ def _category(arguments: Mapping[str, Any], part: str) -> Path:
 
 
 def inspected(arguments: Mapping[str, Any], part: str, seed: int) -> Split:
-    """A category, resized; a fifth of the normal training images validates."""
+    """A category, resized; a fifth of the normal training images validates.
+
+    With the argument ``joined`` the training and validation images are those of all categories, one model for all.
+    """
     size = check_integer("image_size", arguments.get("image_size", 256), minimum=8)
     folder = _category(arguments, part)
-    train, good, bad = _pictures(folder / "train/good"), _pictures(folder / "test/good"), []
+    good, bad = _pictures(folder / "test/good"), []
     for kind in sorted(path for path in (folder / "test").glob("*") if path.is_dir() and path.name != "good"):
         bad += _pictures(kind)
     masks = [_mask(folder, path) for path in bad]
@@ -50,8 +53,14 @@ def inspected(arguments: Mapping[str, Any], part: str, seed: int) -> Split:
         without = bad[masks.index(None)]
         msg = f"either no anomalous image or each must have a mask in ground_truth, got none for {without}"
         raise FileNotFoundError(msg)
-    order = np.random.default_rng(seed).permutation(len(train))
-    held_out = max(1, round(0.2 * len(train)))
+    kept: list[Path] = []
+    held_out: list[Path] = []
+    for one in categories(arguments) if arguments.get("joined") else [part]:
+        train = _pictures(_category(arguments, one) / "train/good")
+        order = np.random.default_rng(seed).permutation(len(train))
+        count = max(1, round(0.2 * len(train)))
+        kept += [train[i] for i in order[count:]]
+        held_out += [train[i] for i in order[:count]]
     shown = None
     if any(masks):
         shown = np.zeros((len(good) + len(bad), size, size), bool)
@@ -63,8 +72,8 @@ def inspected(arguments: Mapping[str, Any], part: str, seed: int) -> Split:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     return Split(
-        images([train[i] for i in order[held_out:]]),
-        images([train[i] for i in order[:held_out]]),
+        images(kept),
+        images(held_out),
         images([*good, *bad]),
         np.repeat([False, True], [len(good), len(bad)]),
         shown,

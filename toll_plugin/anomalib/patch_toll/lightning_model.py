@@ -59,8 +59,9 @@ class PatchToll(TollModuleMixin, AnomalibModule):
 
     No anomaly is used in training. Held-out normal images choose the epoch and, by ``quantile``,
     the threshold: those of the validation split where all its images are normal, else a fifth of
-    the training images. What so many promise of the rate of false alarms is logged by each fit and kept
-    in ``post_processor.promise``, in checkpoints and exports: with 95 % confidence at most 7 % of further
+    the training images. One image is enough to fit to; it then also gives the threshold, which is too low.
+    What so many promise of the rate of false alarms is logged by each fit and kept in
+    ``post_processor.promise``, in checkpoints and exports: with 95 % confidence at most 7 % of further
     normal images are flagged where 40 were held out, 5 % with 59, and with ``confidence=0.95`` 1 % with
     299. That takes held-out images for a fair sample of those to come; that they also chose the epoch is
     not accounted for.
@@ -328,11 +329,13 @@ class PatchToll(TollModuleMixin, AnomalibModule):
     def _fit(self, features: ImageFeatures) -> None:
         seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(seed)
-        validation = self._validation_features(features)
+        validation, alone = self._validation_features(features), False
         if validation is not None:
             rows, held_out = features.in_order_of_names(), validation.rows
         else:
             rows, held_out = features.hold_out(_HELD_OUT, generator)
+            if alone := len(set(features.names)) == 1:
+                _logger.warning("the only image was also taken for a held-out one: expect thresholds that are too low")
         # What was fitted before stays until this fit has succeeded.
         fresh = self._new_patches(generator).to(self.device)
         self.history = fit_patches(
@@ -370,7 +373,7 @@ class PatchToll(TollModuleMixin, AnomalibModule):
             self.post_processor.calibrate(
                 torch.stack(extremes)[:, None, None],
                 image_score.score_of(held_out_terms) if not image_score.is_maximum else None,
-                independent=self.passes == 1 or validation is not None,
+                independent=validation is not None or (self.passes == 1 and not alone),
             )
         warn(self.findings)
         best = self.history.best_epoch

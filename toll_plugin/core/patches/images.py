@@ -11,9 +11,6 @@ from toll_plugin.core.rows import RowCache, Rows, RowSubset
 
 __all__ = ["ImageFeatures"]
 
-#: One is held out, one trained on.
-_FEWEST = 2
-
 
 class ImageFeatures:
     """Rows of features, one per position of an image, with the names of the images.
@@ -78,17 +75,15 @@ class ImageFeatures:
     def hold_out(self, share: float, generator: torch.Generator) -> tuple[RowSubset, RowSubset]:
         """Rows to train on, and rows of images drawn to be held out; all copies of an image go together.
 
+        A single image is both, for want of another.
+
         Args:
             share: Of the images, rounded, at least one image.
             generator: Source of the choice.
-
-        Raises:
-            ValueError: If there are fewer than two images.
         """
         images = sorted(set(self.names))
-        if len(images) < _FEWEST:
-            msg = f"training must have at least {_FEWEST} images, because some are held out, got {len(images)}"
-            raise ValueError(msg)
+        if len(images) == 1:
+            return self.in_order_of_names(), self.in_order_of_names()
         count = max(1, round(share * len(images)))
         chosen = {images[i] for i in torch.randperm(len(images), generator=generator)[:count].tolist()}
         order = self._order()
