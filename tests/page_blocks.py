@@ -32,8 +32,8 @@ def _small(dataset: str, methods: str) -> str:
 _IMAGES = _small("{digits: {parts: [8]}}", "Toll, KNN")
 _PATCHES = _small("{mvtec: {root: MVTecAD, parts: [part], image_size: 64}}", "{PatchToll: {max_steps: 20}}, PaDiM")
 _PAPER = " --classes 3 --seeds 1 --iterations 2 --batch-size 3 --validation-size 40 --jobs 1"
-_MIXIN = " --categories [part] --classes [8] --strengths [1] --seeds 1 --epochs 1 --jobs 1"
-_MIXIN_IMAGES = " --hosts [Ganomaly] --pressures [] --epochs 1 --jobs 1"
+_MIXIN = " --categories [part] --classes [8] --max_test 100 --strengths [1] --seeds 1 --epochs 1 --jobs 1"
+_MIXIN_IMAGES = " --hosts [Ganomaly] --max_test 100 --pressures [] --epochs 1 --jobs 1"
 
 #: Trainings and benchmarks take minutes to days. What makes each command small, by how it begins; one that is not here
 #: fails. .ci/run trains the README's first command in full.

@@ -36,7 +36,7 @@ def printed(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
-#: What anomalib imports besides torch, and what needs torch: nothing of it has a part in the registration.
+#: What anomalib imports and torch does not need: none of it has a part in the registration.
 OTHERS = "import matplotlib.pyplot, pandas, PIL.Image, pyarrow, scipy.stats, sklearn.metrics, sympy"
 
 
@@ -80,12 +80,12 @@ def test_image_sets_are_read_without_a_host():
     assert printed(code, PYTHONPATH=str(Path(__file__).parents[1])) == "[]"
 
 
-def test_the_anomalib_adapter_loads_no_pyod():
+def test_the_anomalib_adapter_loads_no_pyod(before_torch):
     code = """
         import sys, toll_plugin.anomalib
         print([m for m in ("pyod", "toll_plugin.pyod") if m in sys.modules])
     """
-    assert printed(code) == "[]"
+    assert before_torch.printed(code) == "[]"
 
 
 def test_the_pyod_adapter_loads_no_anomalib():
@@ -97,7 +97,7 @@ def test_the_pyod_adapter_loads_no_anomalib():
     assert printed(code) == "[]"
 
 
-def test_the_pyod_adapter_works_where_anomalib_is_not_installed():
+def test_the_pyod_adapter_works_where_anomalib_is_not_installed(before_torch):
     code = """
         import sys
         for host in ("anomalib", "lightning", "torchvision"):
@@ -106,7 +106,7 @@ def test_the_pyod_adapter_works_where_anomalib_is_not_installed():
         from toll_plugin.pyod import TollDetector
         print(TollDetector(max_steps=2).fit(np.eye(5)).decision_scores_.shape)
     """
-    assert printed(code) == "(5,)"
+    assert before_torch.printed(code) == "(5,)"
 
 
 def test_the_core_works_where_no_host_is_installed():

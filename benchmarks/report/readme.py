@@ -46,7 +46,7 @@ def page(template: Path) -> str:
 def table_of(name: str) -> str:
     """The table of a record, and when, where and by which commit it was measured.
 
-    Tables of experiments and of the paper are made from their runs, as they are made now; the other
+    Tables of experiments, of the paper and of the mixin are made from their runs, as they are made now; the other
     records have no more than the table.
     """
     path = RESULTS / f"{name}.json"
@@ -57,6 +57,10 @@ def table_of(name: str) -> str:
         from benchmarks.studies.paper_table import make_table
 
         table = make_table(record, record["runs"])
+    elif record["command"] == "mixin":
+        from benchmarks.studies import mixin
+
+        table = mixin.make_table(record["runs"])
     else:
         table = record["table"]
     made = f"{record['date'][:10]}, commit {record['commit'][:10]}, {record['machine']}, {record['cores']} cores"

@@ -240,10 +240,12 @@ def in_units_of(known: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) 
 
 
 def tested(gaps: list[float]) -> str:
-    """Mean, standard error and the p-value of a paired t-test."""
+    """Mean, standard error and the p-value of a paired t-test; of a single pair the difference."""
     from scipy.stats import ttest_1samp
 
-    p = float(ttest_1samp(gaps, 0.0).pvalue) if len(gaps) > 1 and statistics.stdev(gaps) > 0 else float("nan")
+    if len(gaps) == 1:
+        return f"{gaps[0]:+.4f}"
+    p = float(ttest_1samp(gaps, 0.0).pvalue) if statistics.stdev(gaps) > 0 else float("nan")
     mark = "**" if p < 0.05 else ""
     return f"{mark}{mean_and_error(gaps)}{mark} (p {p:.2g})"
 
