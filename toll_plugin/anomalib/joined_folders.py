@@ -107,7 +107,8 @@ class JoinedFolders(AnomalibDataModule):
             ValueError: If there is no such part.
         """
         chosen = copy(self)
-        chosen._is_setup = False
+        for split in ("train_data", "val_data", "test_data"):  # without them it is set up again
+            vars(chosen).pop(split, None)
         chosen._test(part)
         return chosen
 
