@@ -22,8 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """What ``--device`` names."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """What ``--device`` names; without the rounding to ten bits that convolutions on a GPU may do otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return torch.device(request.config.getoption("--device"))
 
 

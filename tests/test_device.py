@@ -1,7 +1,7 @@
 """On a device (``--device``, default cpu): fits, and scores that are the CPU's. Without one: what it would wait for.
 
-Scores of the same weights may differ by 2e-3 of their size, since convolutions and products on a GPU may round their
-inputs to ten bits; mixed precision keeps seven, so there by 3e-2.
+Scores of the same weights may differ by 2e-3 of their size, with convolutions in single precision. Where they round
+their inputs to ten bits, as torch has it on newer GPUs, PatchToll's squared residuals moved by 1.5e-2 on an H100.
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ SLOW = ("PatchToll", "CollapsedReverseDistillation")
 def test_anomalib_trains_tests_and_exports(name, precision, device, mvtec_root, tmp_path, monkeypatch):
     if device.type == "cpu" and precision != "32-true" and name in SLOW:
         pytest.skip("most processors emulate bfloat16, on a ResNet for minutes")
+    if device.type == "cuda" and precision != "32-true" and name == "CollapsedGanomaly":
+        pytest.skip("anomalib's GANomaly takes a binary cross entropy that torch refuses under autocast on CUDA")
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **(k | {"pretrained": False})))
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
