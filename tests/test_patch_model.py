@@ -676,3 +676,16 @@ def test_thresholds_need_finite_maps(maps):
 def test_bad_quantiles_are_refused(quantile, error, message):
     with pytest.raises(error, match=message):
         QuantilePostProcessor(quantile)
+
+
+def test_scores_and_maps_have_thresholds_of_their_own():
+    post_processor = QuantilePostProcessor(0.5)
+    maps = torch.tensor([[1.0, 4.0], [2.0, 6.0], [0.0, 5.0]]).view(3, 1, 1, 2)
+    post_processor.calibrate(maps, torch.tensor([30.0, 10.0, 20.0]))
+    found = (post_processor.image_threshold, post_processor.image_min, post_processor.image_max)
+    assert [float(value) for value in found] == [20.0, 10.0, 30.0]
+    found = (post_processor.pixel_threshold, post_processor.pixel_min, post_processor.pixel_max)
+    assert [float(value) for value in found] == [5.0, 0.0, 6.0]
+    for scores in (torch.zeros(2), torch.tensor([0.0, 1.0, torch.nan])):
+        with pytest.raises(ValueError, match="scores must be finite, one for each of 3 maps"):
+            post_processor.calibrate(maps, scores)
