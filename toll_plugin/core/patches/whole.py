@@ -38,10 +38,10 @@ class ImageScore(nn.Module):
 
     t is the mean over the share of its anomaly map's pixels that has the highest values. e is the distance of the
     whole image from what normal images have in common: its features are averaged in ``cells`` by ``cells``
-    overlapping windows, each average is standardised over normal images, and e is the norm of what their leading
-    principal components leave of
-    the result x, :math:`e = \|x - V V^\top x\|`: the reconstruction term of a linear autoencoder, in closed form. A
-    local fault moves t; parts that are missing, surplus or in the wrong place, each of them normal by itself, move e.
+    overlapping windows and standardised over normal images, which makes x of them, and
+    :math:`e = \|x - V V^\top x\|` is what their leading principal components leave of it, the reconstruction term
+    of a linear autoencoder in closed form. The norm of its whitened latent told nothing beside it, and is left out.
+    A local fault moves t; parts that are missing, surplus or in the wrong place, each of them normal by itself, move e.
     The units u and v are the medians of both terms on held-out normal images, see :meth:`measure`.
 
     Args:
