@@ -108,7 +108,7 @@ class JoinedFolders(AnomalibDataModule):
         """
         chosen = copy(self)
         for split in ("train_data", "val_data", "test_data"):  # without them it is set up again
-            vars(chosen).pop(split, None)
+            chosen.__dict__.pop(split, None)
         chosen._test(part)
         return chosen
 
