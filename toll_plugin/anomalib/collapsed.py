@@ -50,8 +50,8 @@ __all__ = [
 class CollapsedGanomaly(TargetedCollapseMixin, Ganomaly):
     """GANomaly; the latent is the first encoder's, the term enters the generator's loss.
 
-    A weight of 1 makes it a tenth of that loss, and a tenth of the score of training images. It gained nothing, and on
-    some data cost.
+    A weight of 1 makes it a tenth of that loss, and a tenth of the score of training images. It gained nothing, and
+    more likely cost.
     """
 
     collapse_layer = "model.generator.encoder1"
@@ -66,7 +66,8 @@ class CollapsedGanomaly(TargetedCollapseMixin, Ganomaly):
 class CollapsedReverseDistillation(TargetedCollapseMixin, ReverseDistillation):
     """Reverse Distillation; the latent is the bottleneck between teacher and student.
 
-    A weight of 0.01 makes the term a tenth of the loss. It cost a little, and its norm in the score more.
+    A weight of 0.01 makes the term a tenth of the loss. It gained nothing beyond its error, and its norm in the score
+    cost.
     """
 
     collapse_layer = "model.bottleneck"
