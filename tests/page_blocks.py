@@ -74,6 +74,7 @@ SMALL = {
         "{mvtec: {root: MVTecAD, parts: [part], image_size: 32}}", "GANomaly, Toll, KNN"
     ),
     f"{_BENCHMARKS}run patch": f"{_PATCHES} --pretrained false",
+    f"{_BENCHMARKS}run few": f"{_PATCHES} --pretrained false",
     f"{_BENCHMARKS}deployment": " --images 4 --coresets [] --image_size 64 --repeats 1",
     f"{_BENCHMARKS}linear": " --steps 20 --seeds 1 --betas [0.3] --figure linear.png",
     f"{_BENCHMARKS}rays": " --size 40 --seeds 1 --max_steps 5 --figure rays.svg",
