@@ -27,7 +27,8 @@ def test_size_of_patchtoll_by_hand():
     weights = 2 * (COMPONENTS * HIDDEN + HIDDEN * LATENT) + 2 * HIDDEN + LATENT + COMPONENTS
     norms = 2 * 4 * HIDDEN  # two BatchNorms: weight, bias, mean and variance
     standardisation = 2 * CHANNELS + CHANNELS * COMPONENTS
-    expected = 4 * (weights + norms + standardisation)
+    whole = 16 * CHANNELS * (2 + 32)  # of the image's score: 4 x 4 windows, their mean, deviation and 32 components
+    expected = 4 * (weights + norms + standardisation + whole)
     assert _bytes(_model("PatchToll", "resnet18", 64, 0)) - alone == pytest.approx(expected, rel=0.005)
 
 
