@@ -706,3 +706,14 @@ def test_an_images_score_has_a_threshold_of_its_own(mvtec_root, tmp_path):
     torch.testing.assert_close(model.post_processor.image_threshold, expected, rtol=1e-4, atol=1e-5)
     assert model.post_processor.pixel_threshold != model.post_processor.image_threshold
     assert any(bool(batch.pred_label.any()) for batch in runner.predict(model, datamodule=data))
+
+
+def test_a_fit_after_an_older_file_scores_by_both_terms(mvtec_root, tmp_path):
+    model = _model()
+    state = model.model.state_dict()
+    model.model.load_state_dict({name: value for name, value in state.items() if "image_score" not in name})
+    assert model.model.image_score.is_maximum
+    _fit(model, tmp_path, _data(mvtec_root))
+    assert not model.model.image_score.is_maximum
+    found = model.eval().model(torch.rand(2, 3, 64, 96))
+    assert not torch.equal(found.pred_score, found.anomaly_map.amax(dim=(1, 2, 3)))

@@ -220,9 +220,8 @@ def mixin(
     """AUROC of each host without the term, with it in the loss, and with it in loss and score.
 
     Hosts have the weights 0, multiples of one that makes the term a tenth of their loss (on tables the default) and
-    ``"auto"``. Of one training all
-    scores are made: the host's own, with the norm as it is, and with both in units of normal samples, which on the
-    bare host is ``collapse_strength=0``.
+    ``"auto"``. Of one training all scores are made: the host's own, with the norm as it is, and with both in units of
+    normal samples, which on the bare host is ``collapse_strength=0``.
 
     Args:
         mvtec: Folder of MVTec AD, of which ``categories`` are run; without it none is.

@@ -366,7 +366,7 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         held_out_terms = ImageTerms(*torch.cat(terms, dim=1))
         image_score.measure(held_out_terms)
         self.model.patches.load_state_dict(fresh.state_dict())
-        self.model.image_score.load_state_dict(image_score.state_dict())
+        self.model.image_score = image_score  # not its numbers only: that of an older file may be of another form
         self.model.is_fitted.fill_(True)
         self.findings = findings
         if isinstance(self.post_processor, QuantilePostProcessor):
