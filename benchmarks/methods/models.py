@@ -139,10 +139,11 @@ def _predict_patch_toll(model: Any, images: Tensor) -> dict[str, Tensor | None]:
     """Of each term of a position the largest value, and both terms of the image."""
     patches, size = model.model.patches, images.shape[-2:]
     features = model.model.embed(images)
-    terms, found = patches.terms(features), model.model.predict(features, size)
+    terms, score = patches.terms(features), model.model.image_score
+    maps = model.model.map_of(patches.score_of(terms), size)
     largest = {name: term.flatten(1).amax(dim=1) for name, term in terms._asdict().items()}
-    whole = model.model.image_score.terms(found.anomaly_map, features)
-    return {"scores": found.pred_score, "maps": found.anomaly_map, **largest, **whole._asdict()}
+    whole = score.terms(maps, features)
+    return {"scores": score.score_of(whole), "maps": maps, **largest, **whole._asdict()}
 
 
 def _predict_dfkde(model: Any, images: Tensor) -> dict[str, Tensor | None]:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, pad, rotate
 
 from toll_plugin.core.checks import check_finite_float, check_integer
+from toll_plugin.core.patches.model import usable_scale
 
 __all__ = ["Moments", "Subspace", "SubspaceModel", "residual_basis", "turned"]
 
@@ -121,12 +122,6 @@ def _on_grid(features: Tensor, grid: tuple[int, ...]) -> Tensor:
     return functional.interpolate(features, grid, mode="bilinear")
 
 
-def _scale(deviation: Tensor) -> Tensor:
-    """Deviations, none below a thousandth of the median of those that vary: a dead channel would drown the others."""
-    varying = deviation[deviation > 0]
-    return deviation.clamp_min(1e-3 * float(varying.median()) if len(varying) else 1.0)
-
-
 class Subspace(MemoryBankMixin, AnomalibModule):
     """Principal components of the features of normal images; what lies beyond them is the anomaly.
 
@@ -192,7 +187,7 @@ class Subspace(MemoryBankMixin, AnomalibModule):
 
     def fit(self) -> None:
         mean, covariance = self._moments.mean, self._moments.covariance
-        scale = _scale(covariance.diagonal().clamp_min(0).sqrt()) if self.standardise else torch.ones_like(mean)
+        scale = usable_scale(covariance.diagonal().clamp_min(0).sqrt()) if self.standardise else torch.ones_like(mean)
         basis = residual_basis(covariance / torch.outer(scale, scale), self.variance)
         self.model.mean = mean.to(self.model.mean)
         self.model.basis = (basis / scale[:, None]).to(self.model.mean)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import MaxMetric
 
 from toll_plugin.anomalib.metrics import ScoreThreshold, updated_anywhere
-from toll_plugin.core.checks import check_finite_float
+from toll_plugin.core.checks import check_share
 from toll_plugin.core.guarantee import images_needed, promised_rate, threshold_rank
 
 __all__ = ["QuantilePostProcessor", "TollPostProcessor"]
@@ -163,16 +163,10 @@ class QuantilePostProcessor(TollPostProcessor):
 
     def __init__(self, quantile: float = 0.99, confidence: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.quantile = check_finite_float("quantile", quantile, minimum=0, exclusive=True)
-        if self.quantile > 1:
-            msg = f"quantile must be in (0, 1], got {quantile!r}"
-            raise ValueError(msg)
+        self.quantile = check_share("quantile", quantile, above_zero=True)
         self.confidence = confidence
         if confidence is not None:
-            self.confidence = check_finite_float("confidence", confidence, minimum=0, exclusive=True)
-            if self.confidence >= 1:
-                msg = f"confidence must be in (0, 1), got {confidence!r}"
-                raise ValueError(msg)
+            self.confidence = check_share("confidence", confidence, above_zero=True, below_one=True)
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:

@@ -41,16 +41,22 @@ def check_finite_float(
     return number
 
 
-def check_share(name: str, value: object) -> float:
+def check_share(name: str, value: object, *, above_zero: bool = False, below_one: bool = False) -> float:
     """Return ``value`` as a float if it is in [0, 1].
+
+    Args:
+        name: Parameter name used in the error.
+        value: Any real number.
+        above_zero: Whether 0 is refused.
+        below_one: Whether 1 is.
 
     Raises:
         TypeError: If it is no real number.
         ValueError: If it is outside.
     """
-    share = check_finite_float(name, value, minimum=0)
-    if share > 1:
-        msg = f"{name} must be in [0, 1], got {value!r}"
+    share = check_finite_float(name, value, minimum=0, exclusive=above_zero)
+    if share > 1 or (below_one and share == 1):
+        msg = f"{name} must be in {'(' if above_zero else '['}0, 1{')' if below_one else ']'}, got {value!r}"
         raise ValueError(msg)
     return share
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from toll_plugin.core.checks import check_finite_float, check_integer
+from toll_plugin.core.checks import check_finite_float, check_integer, check_share
 
 __all__ = ["confidence_of", "images_needed", "promised_rate", "threshold_rank"]
 
@@ -121,10 +121,7 @@ def threshold_rank(n: int, quantile: float, confidence: float | None = None) -> 
         >>> threshold_rank(1000, 0.99), threshold_rank(1000, 0.99, confidence=0.95)
         (991, 996)
     """
-    n, quantile = check_integer("n", n, minimum=1), check_finite_float("quantile", quantile, minimum=0, exclusive=True)
-    if quantile > 1:
-        msg = f"quantile must be in (0, 1], got {quantile!r}"
-        raise ValueError(msg)
+    n, quantile = check_integer("n", n, minimum=1), check_share("quantile", quantile, above_zero=True)
     if confidence is None:
         return min(max(math.ceil((n + 1) * quantile - 1e-9), 1), n)
     confidence = _share("confidence", confidence)

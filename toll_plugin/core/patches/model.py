@@ -10,7 +10,7 @@ from toll_plugin.core.objective import ScoreTerm, TollLoss, TollTerms
 from toll_plugin.core.resize import resize_matrix
 from toll_plugin.core.score import TollScore
 
-__all__ = ["PatchAutoencoder", "enlarge"]
+__all__ = ["PatchAutoencoder", "enlarge", "usable_scale"]
 
 #: No channel is divided by less than this share of the median deviation of the channels that vary:
 #: in some backbones most channels hardly vary on normal images, and would drown the others.
@@ -85,9 +85,7 @@ class PatchAutoencoder(nn.Module):
     def standardise_by(self, mean: Tensor, deviation: Tensor) -> None:
         """Set what features are standardised by; if none varies, they are only centred."""
         self.mean.copy_(mean)
-        varying = deviation[deviation > 0]
-        smallest = _SMALLEST_SCALE * float(varying.median()) if len(varying) else 1.0
-        self.scale.copy_(deviation.clamp_min(max(smallest, 1e-12)))
+        self.scale.copy_(usable_scale(deviation))
 
     @torch.no_grad()
     def project_on(self, rows: Tensor) -> None:
@@ -121,6 +119,13 @@ class PatchAutoencoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Score of each position."""
         return self.score_of(self.terms(features))
+
+
+def usable_scale(deviation: Tensor) -> Tensor:
+    """Deviations to divide by, none below a thousandth of the median of those that vary; 1 where none does."""
+    varying = deviation[deviation > 0]
+    smallest = _SMALLEST_SCALE * float(varying.median()) if len(varying) else 1.0
+    return deviation.clamp_min(max(smallest, 1e-12))
 
 
 def enlarge(maps: Tensor, size: tuple[int, int], sigma: float) -> Tensor:

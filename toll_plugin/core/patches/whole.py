@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_integer, check_share
 from toll_plugin.core.objective import typical
+from toll_plugin.core.patches.model import usable_scale
 from toll_plugin.core.resize import resize_matrix
 from toll_plugin.core.rows import Rows
 
@@ -17,8 +18,6 @@ __all__ = ["ImageScore", "ImageTerms", "pooled", "positions_of"]
 
 #: Of images whose pooled features are looked at: their principal components take time with the cube of their number.
 _ENOUGH = 1024
-#: Deviations below this share of the median one are noise.
-_SMALLEST_SCALE = 1e-3
 
 
 class ImageTerms(NamedTuple):
@@ -107,14 +106,14 @@ class ImageScore(nn.Module):
     @torch.no_grad()
     def fit_pooled(self, vectors: Tensor) -> None:
         """The same from what :func:`pooled` made of them."""
-        vectors = vectors[torch.linspace(0, len(vectors) - 1, min(len(vectors), _ENOUGH)).long()].double().cpu()
+        vectors = vectors[torch.linspace(0, len(vectors) - 1, min(len(vectors), _ENOUGH)).long()].cpu().double()
         deviation, mean = torch.std_mean(vectors, dim=0, correction=0)
-        varying = deviation[deviation > 0]
+        varies = bool((deviation > 0).any())
         self.components.zero_()
-        self.image_unit.fill_(1.0 if len(varying) else torch.inf)
-        if not len(varying):
+        self.image_unit.fill_(1.0 if varies else torch.inf)
+        if not varies:
             return
-        deviation = deviation.clamp_min(_SMALLEST_SCALE * float(varying.median()))
+        deviation = usable_scale(deviation)
         x = (vectors - mean) / deviation
         # The components lie among the images, of which there are fewer than features.
         size, along = torch.linalg.eigh(x @ x.T)
