@@ -248,7 +248,10 @@ class Toll(TollModuleMixin, AnomalibModule):
 
     def configure_optimizers(self) -> Any:
         """Adam, as the authors; with ``max_steps`` at a rate that falls to zero."""
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr)
+        # Fused, a step of the whole fit takes a fifth less time on a CPU. On a GPU torch's own choice is as fast,
+        # and a fused optimiser there refuses to clip gradients under 16-bit mixed precision.
+        fused = True if self.device.type == "cpu" else None
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=fused)
         if self.max_steps is None:
             return optimizer
         limit = self.trainer.estimated_stepping_batches  # negative or infinite where the trainer has no limit
