@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from benchmarks.interfaces import Budget, Split
 from benchmarks.methods.engine import EngineDetector
-from benchmarks.methods.subspace import Moments, Subspace, residual_basis, turned
+from benchmarks.methods.rotations import at_angles, turned
+from benchmarks.methods.subspace import Moments, Subspace, residual_basis
 from toll_plugin.anomalib import PatchToll
 
 RANDOM = Budget(pretrained=False)
@@ -79,7 +80,7 @@ def _split(count=6, side=64):
 @pytest.mark.parametrize("standardise", [False, True])
 def test_scores_and_maps_from_images(standardise):
     split = _split()
-    detector = EngineDetector("Subspace", RANDOM, 0, standardise=standardise, shots=0, share=0.1, image_size=64)
+    detector = EngineDetector("Subspace", RANDOM, 0, standardise=standardise, share=0.1, image_size=64)
     detector.fit(split)
     model = detector.model.model
     see = detector.model.pre_processor.transform
@@ -117,14 +118,24 @@ def test_features_are_patch_tolls():
 
 def test_few_images_are_seen_turned():
     counts, update = {}, Moments.update
-    for shots, rotations in ((0, 4), (6, 4), (5, 4), (6, 1)):
-        detector = EngineDetector("Subspace", RANDOM, 0, shots=shots, rotations=rotations, image_size=64)
+    for rotations in (1, 4):
+        detector = EngineDetector("Subspace", RANDOM, 0, rotations=rotations, image_size=64)
         seen = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Moments, "update", lambda self, rows, seen=seen: (seen.append(len(rows)), update(self, rows)))
             detector.fit(_split())
-        counts[shots, rotations] = sum(seen)
-    assert counts == {(0, 4): 384, (6, 4): 1536, (5, 4): 384, (6, 1): 384}
+        counts[rotations] = sum(seen)
+    assert counts == {1: 384, 4: 1536}
+
+
+def test_equal_angles():
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = at_angles(images, 4)
+    expected = torch.cat([torch.rot90(images, quarter, (2, 3)) for quarter in range(4)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert at_angles(images, 1).equal(images)
+    with pytest.raises(ValueError, match="rotations must be at least 1, got 0"):
+        at_angles(images, 0)
 
 
 def test_one_image_is_enough():
@@ -145,5 +156,3 @@ def test_arguments():
     for argument, value in (("variance", 1.0), ("share", 1.5)):
         with pytest.raises(ValueError, match="variance must be below 1 and share at most 1"):
             Subspace(pre_trained=False, **{argument: value})
-    with pytest.raises(ValueError, match="rotations must be at least 1, got 0"):
-        Subspace(pre_trained=False, rotations=0)

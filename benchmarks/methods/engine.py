@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.interfaces import Budget, Detector, Scored, Split
 from benchmarks.methods.backbones import local_backbone
 from benchmarks.methods.models import MODELS, Task
+from benchmarks.methods.rotations import at_angles
 from benchmarks.quiet import apart, device, quiet_engine
 
 
@@ -32,6 +33,7 @@ class EngineDetector(Detector):
         budget: Epochs, and the weights of a backbone; random ones only where it says so.
         seed: Of weights and batches; global generators are left as they were.
         arguments: Of the model's constructor, before those in :data:`MODELS`; and ``image_size``.
+        rotations: At how many angles each training image is seen, as methods for few images do. Default 1.
 
     Raises:
         FileNotFoundError: If the file of the backbone's weights does not exist.
@@ -39,12 +41,12 @@ class EngineDetector(Detector):
         ValueError: If there is no such model, or it needs weights that the budget denies.
     """
 
-    def __init__(self, name: str, budget: Budget, seed: int, **arguments: Any) -> None:
+    def __init__(self, name: str, budget: Budget, seed: int, rotations: int = 1, **arguments: Any) -> None:
         if name not in MODELS:
             msg = f"name must be one of {', '.join(MODELS)}, got {name!r}"
             raise ValueError(msg)
         self._name, self._spec, self._budget, self._seed = name, MODELS[name], budget, seed
-        self._kind, self._arguments = _kind(self._spec.kind), arguments
+        self._kind, self._arguments, self._rotations = _kind(self._spec.kind), arguments, rotations
         known = {"image_size", *_parameters(self._kind)}
         if unknown := set(arguments) - known:
             msg = f"arguments of {name} must be among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}"
@@ -71,6 +73,7 @@ class EngineDetector(Detector):
         from anomalib.callbacks import ModelCheckpoint
         from lightning.pytorch import seed_everything
 
+        split = split._replace(train=at_angles(split.train, self._rotations))
         batches = math.ceil(len(split.train) / self._spec.batch_size)
         epochs = self._budget.max_epochs or max(self._spec.epochs, math.ceil(self._spec.steps / batches))
         with TemporaryDirectory() as folder, apart():

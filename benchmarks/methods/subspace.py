@@ -17,12 +17,11 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin, TimmFeat
 from anomalib.models.image.patchcore.anomaly_map import AnomalyMapGenerator
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.transforms.v2.functional import InterpolationMode, center_crop, pad, rotate
 
 from toll_plugin.core.checks import check_finite_float, check_integer
 from toll_plugin.core.patches.model import usable_scale
 
-__all__ = ["Moments", "Subspace", "SubspaceModel", "residual_basis", "turned"]
+__all__ = ["Moments", "Subspace", "SubspaceModel", "residual_basis"]
 
 
 class Moments:
@@ -64,15 +63,6 @@ def residual_basis(covariance: Tensor, variance: float) -> Tensor:
     spread, directions = found.eigenvalues.flip(0).clamp_min(0), found.eigenvectors.flip(1)
     kept = int((spread.cumsum(0) < variance * spread.sum()).sum()) + 1 if spread.sum() > 0 else 0
     return directions[:, min(kept, len(spread) - 1) :]
-
-
-def turned(images: Tensor, degrees: float) -> Tensor:
-    """Images turned about their centre; what comes in from outside is their mirror image, not a colour of its own."""
-    height, width = images.shape[-2:]
-    reach = math.hypot(height, width) / 2
-    across, down = (min(math.ceil(reach - side / 2), side - 1) for side in (width, height))
-    wide = pad(images, [across, down], padding_mode="reflect")
-    return center_crop(rotate(wide, degrees, InterpolationMode.BILINEAR), [height, width])
 
 
 class SubspaceModel(nn.Module):
@@ -135,8 +125,6 @@ class Subspace(MemoryBankMixin, AnomalibModule):
         share: Of the positions, the largest of which the image's score is the mean of, in (0, 1].
         sigma: Of the map's smoothing, in pixels.
         standardise: Whether channels are divided by their deviation first, as PatchToll does; the paper does not.
-        shots: With so many training images or fewer each is also seen turned.
-        rotations: How often then, by equal angles; 1 turns none.
     """
 
     def __init__(
@@ -148,8 +136,6 @@ class Subspace(MemoryBankMixin, AnomalibModule):
         share: float = 0.01,
         sigma: int = 4,
         standardise: bool = False,
-        shots: int = 16,
-        rotations: int = 30,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -159,8 +145,6 @@ class Subspace(MemoryBankMixin, AnomalibModule):
             msg = f"variance must be below 1 and share at most 1, got {variance} and {share}"
             raise ValueError(msg)
         self.standardise = standardise
-        self.shots = check_integer("shots", shots, minimum=0)
-        self.rotations = check_integer("rotations", rotations, minimum=1)
         extractor = TimmFeatureExtractor(backbone, list(layers), pre_trained=pre_trained)
         self.model = SubspaceModel(extractor.eval(), share, check_integer("sigma", sigma, minimum=1))
         self._moments = Moments()
@@ -178,11 +162,8 @@ class Subspace(MemoryBankMixin, AnomalibModule):
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
         del args, kwargs
-        copies = self.rotations if len(self.trainer.train_dataloader.dataset) <= self.shots else 1
-        images = batch.image.as_subclass(Tensor)
-        for copy in range(copies):
-            features = self.model.embed(turned(images, 360 * copy / copies) if copy else images)
-            self._moments.update(features.permute(0, 2, 3, 1).flatten(0, 2))
+        features = self.model.embed(batch.image.as_subclass(Tensor))
+        self._moments.update(features.permute(0, 2, 3, 1).flatten(0, 2))
         return torch.zeros((), device=self.device, requires_grad=True)
 
     def fit(self) -> None:
