@@ -2,7 +2,8 @@
 
 anomalib tests its own models by fit, test, train, validate, predict and export on dummy data,
 by its CLI and by its benchmark pipeline; these are the same behaviours, with results checked.
-Subclass :class:`AnomalibModelContract`, say how to build the model, get the tests.
+Subclass :class:`AnomalibModelContract`, say how to build the model, get the tests; what the command line does with
+the model's name and arguments is :class:`AnomalibCommandContract`, once for each name.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def keep_onnx(monkeypatch: pytest.MonkeyPatch, kind: type, folder: Path) -> list
     return kept
 
 
-class AnomalibModelContract:
+class _Contract:
     """Subclasses set ``name`` and ``arguments`` (constructor arguments as plain data)."""
 
     name: str
@@ -78,14 +79,15 @@ class AnomalibModelContract:
     #: Validation of normal images only (label-free), and the test as anomalib has it.
     data_arguments: dict[str, Any] = {"val_split_mode": "from_train", "val_split_ratio": 0.25, "seed": 0}  # noqa: RUF012
 
-    #: What a validation logs.
-    validation_logs: frozenset[str] = frozenset()
-
-    #: What keeps the benchmark, which has no trainer section, short.
-    brief: dict[str, Any] = {"max_epochs": 1}  # noqa: RUF012
-
     def build(self, **changes: Any) -> Any:
         return get_model(self.name, **(self.arguments | changes))
+
+
+class AnomalibModelContract(_Contract):
+    """What a model does in anomalib's engine."""
+
+    #: What a validation logs.
+    validation_logs: frozenset[str] = frozenset()
 
     def data(self, root: Path, **changes: Any) -> MVTecAD:
         arguments = self.data_arguments | {"train_batch_size": 4, "eval_batch_size": 3, "num_workers": 0} | changes
@@ -218,7 +220,12 @@ class AnomalibModelContract:
         kept = openvino.Core().read_model(openvino_file)
         assert {name: str(kept.get_rt_info(["framework", name]).astype(str)) for name in promise} == promise
 
-    # --- the command line
+
+class AnomalibCommandContract(_Contract):
+    """What anomalib's command line and its benchmark do with a model."""
+
+    #: What keeps the benchmark, which has no trainer section, short.
+    brief: dict[str, Any] = {"max_epochs": 1}  # noqa: RUF012
 
     @pytest.fixture
     def config(self, mvtec_root, tmp_path):

@@ -16,7 +16,7 @@ import torch
 from anomalib.data import Folder, ImageBatch, MVTecAD
 from anomalib.post_processing import PostProcessor
 from conftest import draw
-from contracts import AnomalibModelContract, checkpoint_of, engine
+from contracts import AnomalibCommandContract, AnomalibModelContract, checkpoint_of, engine
 from sklearn.exceptions import NotFittedError
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
@@ -28,7 +28,7 @@ from toll_plugin.core.patches.whole import pooled
 ARGUMENTS = {"image_size": (64, 96), "pre_trained": False, "max_steps": 30, "hidden_size": 32, "latent_dim": 8}
 
 
-class TestContract(AnomalibModelContract):
+class TestContract(AnomalibModelContract, AnomalibCommandContract):
     """With a weight that follows the reconstruction and terms in units of their own: what is plain is less to keep."""
 
     name = "PatchToll"
