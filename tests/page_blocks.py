@@ -31,7 +31,7 @@ def _small(dataset: str, methods: str) -> str:
 
 _IMAGES = _small("{digits: {parts: [8]}}", "Toll, KNN")
 _PATCHES = _small("{mvtec: {root: MVTecAD, parts: [part], image_size: 64}}", "{PatchToll: {max_steps: 20}}, PaDiM")
-_PAPER = " --classes 3 --seeds 1 --iterations 2 --batch-size 3 --validation-size 40 --jobs 1"
+_PAPER = " --classes 3 --seeds 1 --iterations 2 --batch-size 3 --validation-size 40 --width 0.05 --jobs 1"
 _MIXIN = " --categories [part] --classes [8] --max_test 100 --strengths [1] --seeds 1 --epochs 1 --jobs 1"
 _MIXIN_IMAGES = " --hosts [Ganomaly] --max_test 100 --pressures [] --epochs 1 --jobs 1"
 
@@ -75,13 +75,13 @@ SMALL = {
     ),
     f"{_BENCHMARKS}run patch": f"{_PATCHES} --pretrained false",
     f"{_BENCHMARKS}run few": f"{_PATCHES} --pretrained false",
-    f"{_BENCHMARKS}deployment": " --images 4 --coresets [] --image_size 64 --repeats 1",
+    f"{_BENCHMARKS}deployment": " --images 4 --coresets [] --image_size 64 --repeats 1 --memory false",
     f"{_BENCHMARKS}linear": " --steps 20 --seeds 1 --betas [0.3] --figure linear.png",
     f"{_BENCHMARKS}rays": " --size 40 --seeds 1 --max_steps 5 --figure rays.svg",
     f"{_BENCHMARKS}collapse": " --normal_class 3 --size 8 --steps 2 --figure collapse.svg",
     f"{_BENCHMARKS}run classes": _small("{mnist: {parts: [3]}}", "{Toll: {max_steps: 2}}, KNN"),
     f"{_BENCHMARKS}overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
-    f"{_BENCHMARKS}imports": " --repeats 1",
+    f"{_BENCHMARKS}imports": " --repeats 1 --uncounted 0",
     f"{_BENCHMARKS}speed": " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 30000",
     f"{_BENCHMARKS}paper --dataset arrhythmia": " --seeds 1 --iterations 40 --jobs 1",
     f"{_BENCHMARKS}paper": _PAPER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.costs.deployment import LAYERS, _features, _model
+from benchmarks.costs.deployment import LAYERS, _features, _model, _scoring
 from benchmarks.run.measure import median_seconds
 
 COMPONENTS, CHANNELS, HIDDEN, LATENT = 192, 64 + 128 + 256, 1024, 32
@@ -48,3 +48,9 @@ def test_models_score_and_are_timed_in_turns():
     taken = median_seconds({name: calling(name, _model(name, "resnet18", 64, 10)) for name in LAYERS}, 3)
     assert order == [*LAYERS] * 4  # the first round warms up
     assert list(taken) == [*LAYERS]
+
+
+@pytest.mark.parametrize("bank", [None, 10])
+def test_the_memory_of_scoring_is_printed(bank, capsys):
+    _scoring("PatchCore", "resnet18", 64, bank)
+    assert float(capsys.readouterr().out) >= 0

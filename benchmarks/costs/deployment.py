@@ -28,6 +28,7 @@ def deployment(
     image_size: int = 256,
     backbone: str = "resnet18",
     repeats: int = 40,
+    memory: bool = True,
     output: Path = RESULTS / "deployment.json",
 ) -> None:
     """Milliseconds per image, one image at a time, on one thread; bytes of the model; memory of scoring.
@@ -42,6 +43,7 @@ def deployment(
         image_size: In pixels, square.
         backbone: Of all models.
         repeats: Interleaved measurements of each; medians are shown.
+        memory: Whether the memory of scoring is measured, for which each model gets a process of its own.
         output: Where the record goes.
     """
     torch.set_num_threads(1)
@@ -59,14 +61,14 @@ def deployment(
         with torch.inference_mode():
             seconds = median_seconds({str(i): call for i, call in enumerate(calls)}, repeats)
         taken = [1000 * one for one in seconds.values()]
-        memory = [_peak(kind, backbone, image_size, None) for kind in LAYERS]
-        memory += [_peak(kind, backbone, image_size, bank) for _, kind, bank in cases]
+        banks = [(kind, None) for kind in LAYERS] + [(kind, bank) for _, kind, bank in cases]
+        peaks = [_peak(kind, backbone, image_size, bank) for kind, bank in banks] if memory else None
     measured = {
         "torch, ms": taken[: len(models)],
         "OpenVINO, ms": taken[len(models) :],
         "model, MB": [sum(value.nbytes for value in model.state_dict().values()) / 1e6 for model in models],
         "OpenVINO file, MB": [size / 1e6 for _, size in files],
-        "memory, MB": memory,
+        **({} if peaks is None else {"memory, MB": peaks}),
     }
     rows = []
     for i, (name, kind, _) in enumerate(cases):

@@ -28,7 +28,7 @@ print(time.perf_counter() - start)
 """
 
 
-def _milliseconds(code: str, repeats: int) -> list[float]:
+def _milliseconds(code: str, repeats: int, uncounted: int) -> list[float]:
     environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", code]
 
@@ -36,21 +36,21 @@ def _milliseconds(code: str, repeats: int) -> list[float]:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)  # noqa: S603
         return 1000 * float(done.stdout)
 
-    once()
-    return [once() for _ in range(repeats)]
+    return [once() for _ in range(uncounted + repeats)][uncounted:]
 
 
-def imports(repeats: int = 9, output: Path = RESULTS / "imports.json") -> None:
+def imports(repeats: int = 9, uncounted: int = 1, output: Path = RESULTS / "imports.json") -> None:
     """Time that registration adds, each in fresh processes.
 
     Args:
-        repeats: Processes per measurement, after one that is not counted.
+        repeats: Processes per measurement.
+        uncounted: Processes before them, which find no file in the system's memory yet.
         output: Where the record goes.
     """
     record = {"command": "imports", **provenance(), "repeats": repeats}
     rows = []
     for name, code in (("import torch", _TORCH), ("import anomalib.models", _ANOMALIB)):
-        times = _milliseconds(code, repeats)
+        times = _milliseconds(code, repeats, uncounted)
         shown = {"median, ms": statistics.median(times), "smallest": min(times), "largest": max(times)}
         rows.append({"added to": f"`{name}`", **{key: f"{value:.2f}" for key, value in shown.items()}})
     finish(output, {**record, "table": markdown(rows)})
