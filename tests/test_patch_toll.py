@@ -190,6 +190,12 @@ def test_a_transformer_as_backbone(mvtec_root, tmp_path):
     assert model.model.eval()(torch.rand(1, 3, 64, 96)).anomaly_map.shape == (1, 1, 64, 96)
 
 
+def test_one_device_is_enough_whatever_the_trainer_says(mvtec_root, tmp_path):
+    runner = _fit(_model(), tmp_path, _data(mvtec_root), devices=2, strategy="ddp")
+    assert runner.trainer.num_devices == 1
+    assert bool(runner.model.model.is_fitted)
+
+
 def test_dinov2s_transformer_end_to_end(mvtec_root, tmp_path):
     import onnxruntime
 
