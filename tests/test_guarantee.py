@@ -89,7 +89,7 @@ def test_ties_only_make_fewer_false_alarms():
     ("call", "error", "message"),
     [
         (lambda: images_needed(1.0), ValueError, r"quantile must be in \(0, 1\), got 1.0"),
-        (lambda: images_needed(0.9, 1), ValueError, r"confidence must be in \(0, 1\), got 1.0"),
+        (lambda: images_needed(0.9, 1), ValueError, r"confidence must be in \(0, 1\), got 1"),
         (lambda: promised_rate(3, 4), ValueError, "k must be at most n, 3, got 4"),
         (lambda: promised_rate(0, 1), ValueError, "n must be at least 1"),
         (lambda: threshold_rank(3, 1.5), ValueError, r"quantile must be in \(0, 1\], got 1.5"),

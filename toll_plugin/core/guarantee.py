@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from toll_plugin.core.checks import check_finite_float, check_integer, check_share
+from toll_plugin.core.checks import check_integer, check_share
 
 __all__ = ["confidence_of", "images_needed", "promised_rate", "threshold_rank"]
 
@@ -33,7 +33,7 @@ def confidence_of(rate: float, n: int, k: int) -> float:
         0.9515
     """
     n, k = _checked(n, k)
-    if not 0 < check_finite_float("rate", rate, minimum=0) < 1:
+    if not 0 < check_share("rate", rate) < 1:
         return float(rate >= 1)
     logs = (math.log(rate), math.log1p(-rate))
     chances = (_log_choose(n, j) + j * logs[0] + (n - j) * logs[1] for j in range(n - k + 1))
@@ -60,7 +60,7 @@ def promised_rate(n: int, k: int, confidence: float = 0.95) -> float:
         (0.0495, 0.0722)
     """
     n, k = _checked(n, k)
-    confidence = _share("confidence", confidence)
+    confidence = check_share("confidence", confidence, above_zero=True, below_one=True)
     if k == n:
         return -math.expm1(math.log1p(-confidence) / n)
     low, high = 0.0, 1.0
@@ -90,10 +90,10 @@ def images_needed(quantile: float, confidence: float | None = 0.95) -> int:
         >>> images_needed(0.95), images_needed(0.99), images_needed(0.99, confidence=None)
         (59, 299, 99)
     """
-    quantile = _share("quantile", quantile)
+    quantile = check_share("quantile", quantile, above_zero=True, below_one=True)
     if confidence is None:
         return max(1, math.ceil(quantile / (1 - quantile) - 1e-9))
-    n = math.log1p(-_share("confidence", confidence)) / math.log(quantile)
+    n = math.log1p(-check_share("confidence", confidence, above_zero=True, below_one=True)) / math.log(quantile)
     return max(1, math.ceil(n - 1e-9))
 
 
@@ -124,7 +124,7 @@ def threshold_rank(n: int, quantile: float, confidence: float | None = None) -> 
     n, quantile = check_integer("n", n, minimum=1), check_share("quantile", quantile, above_zero=True)
     if confidence is None:
         return min(max(math.ceil((n + 1) * quantile - 1e-9), 1), n)
-    confidence = _share("confidence", confidence)
+    confidence = check_share("confidence", confidence, above_zero=True, below_one=True)
     low, high = 1, n
     while low < high:
         middle = (low + high) // 2
@@ -138,14 +138,6 @@ def _checked(n: int, k: int) -> tuple[int, int]:
         msg = f"k must be at most n, {n}, got {k}"
         raise ValueError(msg)
     return n, k
-
-
-def _share(name: str, value: float) -> float:
-    value = check_finite_float(name, value, minimum=0, exclusive=True)
-    if value >= 1:
-        msg = f"{name} must be in (0, 1), got {value!r}"
-        raise ValueError(msg)
-    return value
 
 
 def _log_choose(n: int, j: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toll_plugin.core.checks import check_finite_float, check_image_size, check_integer
+from toll_plugin.core.checks import check_image_size, check_integer, check_share
 from toll_plugin.core.modes import evaluating
 
 __all__ = ["Autoencoder", "ConvAutoencoder", "DenseAutoencoder", "blocks", "check_input"]
@@ -200,9 +200,7 @@ class DenseAutoencoder(Autoencoder):
             msg = f"hidden_sizes must be a sequence of integers, got {hidden_sizes!r}"
             raise TypeError(msg)
         hidden_sizes = [check_integer(f"hidden_sizes[{i}]", size, minimum=1) for i, size in enumerate(hidden_sizes)]
-        if check_finite_float("dropout", dropout, minimum=0) >= 1:
-            msg = f"dropout must be in [0, 1), got {dropout!r}"
-            raise ValueError(msg)
+        dropout = check_share("dropout", dropout, below_one=True)
         widths = [n_features, *hidden_sizes, latent_dim]
         super().__init__(*(_dense(sizes, batch_norm, dropout, generator) for sizes in (widths, widths[::-1])))
         self.input_shape = (n_features,)
@@ -212,7 +210,7 @@ class DenseAutoencoder(Autoencoder):
             "hidden_sizes": hidden_sizes,
             "latent_dim": int(latent_dim),
             "batch_norm": bool(batch_norm),
-            "dropout": float(dropout),
+            "dropout": dropout,
         }
 
 
