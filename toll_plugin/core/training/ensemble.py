@@ -1,9 +1,9 @@
 """Several dense autoencoders trained at once, by a forward and a backward pass written out in NumPy.
 
 On tables the networks are so small that autograd's bookkeeping, and even torch's calls, cost
-more than the arithmetic. Here the weights of M equal networks lie in one buffer, so each layer of
-all of them is one product and an optimiser steps on one tensor. Samples lie along the last axis,
-``(M, features, N)``, so that the sums of a BatchNorm run over contiguous memory.
+more than the arithmetic. Here the weights of M equal networks lie in one buffer, so an optimiser
+steps on one tensor, and the features of all members lie side by side, ``(N, M * features)``, so that
+what is done to each feature by itself is done to all members at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from typing_extensions import override
 from toll_plugin.core.modes import evaluating
 from toll_plugin.core.networks import DenseAutoencoder, blocks
 from toll_plugin.core.objective import TollLoss, TollTerms, terms_of_residual
-from toll_plugin.core.training.batch_norm import Array, Norm, NormTrace, Weights
+from toll_plugin.core.training.batch_norm import Array, Dropout, Norm, NormTrace, Weights
 from toll_plugin.core.training.learners import Learner
 from toll_plugin.core.training.optimizers import MakeOptimizer
 
@@ -45,7 +45,21 @@ class _Trace(NamedTuple):
     inputs: Array
     norm: NormTrace | None
     output: Array
-    mask: Array | None
+    dropout: Dropout | None
+
+
+class _Room:
+    """Arrays that steps use again: to be given new ones by the system takes longer than to fill them."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int], Array] = {}
+
+    def __call__(self, name: str, layer: int, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
+        held = self._held.get((name, layer))
+        if held is None or len(held) < shape[0]:
+            held = self._held[name, layer] = np.empty(shape, dtype)
+        rows: Array = held[: shape[0]]
+        return rows
 
 
 class DenseEnsemble(nn.Module):
@@ -95,6 +109,7 @@ class DenseEnsemble(nn.Module):
         self._layers = [self._join(layer) for layer in zip(*members, strict=True)]
         self._latent = len(blocks(networks[0].encoder)) - 1
         self._traces: list[_Trace] = []
+        self._room = _Room()
 
     def _join(self, members: Sequence[list[nn.Module]]) -> _Layer:
         """One layer from the members' modules, ``members[m] = [linear, norm?, relu?, dropout?]``."""
@@ -110,7 +125,8 @@ class DenseEnsemble(nn.Module):
                 self.register_buffer(f"mean{len(list(self.buffers()))}", mean)
                 self.register_buffer(f"variance{len(list(self.buffers()))}", variance)
                 scale, shift = (self._take([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
-                norm = Norm(scale, shift, mean.numpy(), variance.numpy(), first.momentum or 0.1, first.eps)
+                statistics = (mean.numpy().reshape(-1), variance.numpy().reshape(-1))
+                norm = Norm(scale.flat(), shift.flat(), *statistics, first.momentum or 0.1, first.eps)
             elif isinstance(first, nn.Dropout):
                 dropout = first.p
         return _Layer(weight, bias, norm, bool(rest), dropout)
@@ -125,66 +141,87 @@ class DenseEnsemble(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return reconstructions and latents, without gradients."""
-        reconstruction, latent = (torch.from_numpy(array).mT for array in self.run(x.numpy()))
+        reconstruction, latent = (torch.from_numpy(array.copy()).transpose(0, 1) for array in self.run(x.numpy()))
         return reconstruction, latent
 
     def run(self, x: Array) -> tuple[Array, Array]:
-        """Reconstructions ``(M, n_features, N)`` and latents ``(M, latent_dim, N)`` of rows ``(N, n_features)``.
+        """Reconstructions ``(N, M, n_features)`` and latents ``(N, M, latent_dim)`` of rows ``(N, n_features)``.
 
-        In training mode, what :meth:`backward` needs is kept.
+        In training mode, what :meth:`backward` needs is kept. The next call overwrites what is returned.
         """
         self._traces.clear()
-        a = latent = x.T
+        a = latent = x
         for i, layer in enumerate(self._layers):
-            inputs, norm, mask = a, None, None
-            a = _product(layer.weight.value, a)
-            if layer.norm is None:
-                a += layer.bias.value[:, :, None]
+            inputs, norm = a, None
+            a = self._product(i, a, layer.weight.value)
+            dropout = self._dropped(i, a, layer.dropout) if self.training and layer.dropout else None
+            if layer.norm is not None:
+                output = self._room("output", i, a.shape, a.dtype)
+                norm = layer.norm.forward(a, output, training=self.training and len(x) > 1, dropout=dropout)
+                a = output
             else:
-                a, norm = layer.norm.forward(a, training=self.training and len(x) > 1)
-            if layer.hidden:
-                np.maximum(a, 0, out=a)
-            if layer.dropout and self.training:
-                mask = self._mask(a, layer.dropout)
-                a *= mask
+                a += layer.bias.value.reshape(-1)
+                if layer.hidden:
+                    np.maximum(a, 0, out=a)
+                if dropout is not None:
+                    dropout.apply(a)
             if i == self._latent:
                 latent = a
             if self.training:
-                self._traces.append(_Trace(inputs, norm, a, mask))
-        return a, latent
+                self._traces.append(_Trace(inputs, norm, a, dropout))
+        return self._by_member(a), self._by_member(latent)
 
-    def _mask(self, like: Array, dropout: float) -> Array:
-        drawn = self._random.random(like.shape, dtype=np.float32)
-        return np.multiply(drawn >= dropout, 1 / (1 - dropout), dtype=like.dtype)
+    def _by_member(self, a: Array) -> Array:
+        return a.reshape(len(a), self.members, -1)
+
+    def _product(self, layer: int, a: Array, weight: Array) -> Array:
+        """``a`` times each member's weight, ``(M, outputs, inputs)``: one product where all share their input."""
+        _, outputs, inputs = weight.shape
+        product = self._room("product", layer, (len(a), self.members * outputs), a.dtype)
+        if a.shape[1] == inputs:
+            np.matmul(a, weight.reshape(-1, inputs).T, out=product)
+        else:
+            out = self._by_member(product).swapaxes(0, 1)
+            np.matmul(self._by_member(a).swapaxes(0, 1), weight.swapaxes(1, 2), out=out)
+        return product
+
+    def _dropped(self, layer: int, like: Array, share: float) -> Dropout:
+        mask = self._room("mask", layer, like.shape, like.dtype)
+        return Dropout(share, self._random.random(out=mask, dtype=mask.dtype.type))
 
     def backward(self, d_reconstruction: Array, d_latent: Array) -> None:
-        """Set ``flat.grad`` from the gradients of what the last :meth:`run` in training mode returned."""
-        d = np.array(d_reconstruction, order="C")
+        """Set ``flat.grad`` from the gradients of what the last :meth:`run` in training mode returned.
+
+        ``d_reconstruction`` is overwritten.
+        """
+        count = len(d_reconstruction)
+        d = d_reconstruction.reshape(count, -1)
         for i, (layer, trace) in reversed(list(enumerate(zip(self._layers, self._traces, strict=True)))):
             if i == self._latent:
-                d += d_latent
-            if trace.mask is not None:
-                d *= trace.mask
-            if layer.hidden:
-                # Where dropout made the output zero, the mask made the gradient zero as well.
-                d *= trace.output > 0
-            if layer.norm is None or trace.norm is None:
-                np.add.reduce(d, axis=2, out=layer.bias.gradient)
+                d += d_latent.reshape(count, -1)
+            if layer.norm is not None and trace.norm is not None:
+                layer.norm.backward(d, trace.norm)
             else:
-                d = layer.norm.backward(d, trace.norm)
-            if i:
-                np.matmul(d, trace.inputs.swapaxes(1, 2), out=layer.weight.gradient)
-                d = np.matmul(layer.weight.value.swapaxes(1, 2), d)
-            else:
-                rows = d.reshape(-1, d.shape[2])
-                np.matmul(rows, trace.inputs.T, out=layer.weight.gradient.reshape(len(rows), -1))
+                if trace.dropout is not None:
+                    d *= trace.dropout.mask
+                if layer.hidden:
+                    d *= trace.output > 0
+                np.add.reduce(d, axis=0, out=layer.bias.gradient.reshape(-1))
+            if i == 0:
+                np.matmul(d.T, trace.inputs, out=layer.weight.gradient.reshape(d.shape[1], -1))
+                return
+            members, inputs = (self._by_member(array).swapaxes(0, 1) for array in (d, trace.inputs))
+            np.matmul(members.swapaxes(1, 2), inputs, out=layer.weight.gradient)
+            d = self._room("gradient", i, trace.inputs.shape, d.dtype)
+            np.matmul(members, layer.weight.value, out=self._by_member(d).swapaxes(0, 1))
 
     def member_tensors(self) -> Iterator[Tensor]:
         """Every weight and statistic, each ``(M, *)``; writing to them changes the ensemble."""
         for layer in self._layers:
             arrays = [layer.weight.value, layer.bias.value]
             if layer.norm is not None:
-                arrays += [layer.norm.scale.value, layer.norm.shift.value, layer.norm.mean, layer.norm.variance]
+                norm = layer.norm
+                arrays += [a.reshape(self.members, -1) for a in (norm.scale.value, norm.shift.value, *norm[2:4])]
             yield from map(torch.from_numpy, arrays)
 
     @torch.no_grad()
@@ -196,23 +233,16 @@ class DenseEnsemble(nn.Module):
                 _copy(linear, weight=layer.weight.value[m], bias=layer.bias.value[m])
                 for norm in rest:
                     if isinstance(norm, nn.BatchNorm1d) and layer.norm is not None:
-                        _copy(norm, weight=layer.norm.scale.value[m], bias=layer.norm.shift.value[m])
-                        mean = layer.norm.mean[m] + layer.bias.value[m]
-                        _copy(norm, running_mean=mean, running_var=layer.norm.variance[m])
+                        scale, shift, mean, variance = (
+                            array.reshape(self.members, -1)[m]
+                            for array in (layer.norm.scale.value, layer.norm.shift.value, *layer.norm[2:4])
+                        )
+                        _copy(norm, weight=scale, bias=shift)
+                        _copy(norm, running_mean=mean + layer.bias.value[m], running_var=variance)
 
 
 def _dropout(network: nn.Module) -> Iterator[float]:
     return (module.p for module in network.modules() if isinstance(module, nn.Dropout))
-
-
-def _product(weight: Array, a: Array) -> Array:
-    """``weight @ a``, in one product for all members where they share their input."""
-    if a.ndim == 3:
-        product: Array = np.matmul(weight, a)
-        return product
-    members, outputs, inputs = weight.shape
-    shared: Array = np.matmul(weight.reshape(-1, inputs), a).reshape(members, outputs, -1)
-    return shared
 
 
 def _copy(module: nn.Module, **values: Array) -> None:
@@ -247,10 +277,9 @@ class DenseLearner(Learner):
 
     def _terms(self, residual: Array, latent: Array) -> TollTerms[Array]:
         """The terms of all members' samples, ``(M, N)``."""
-        # The samples first, one member after the other, since sums run along contiguous memory.
-        rows = [np.ascontiguousarray(array.swapaxes(1, 2)).reshape(-1, array.shape[1]) for array in (residual, latent)]
-        terms = terms_of_residual(rows[0], rows[1], exponent=self.losses[0][1].exponent)
-        return TollTerms(*(term.reshape(self.members, -1) for term in terms))
+        rows = (array.reshape(-1, array.shape[2]) for array in (residual, latent))
+        terms = terms_of_residual(*rows, exponent=self.losses[0][1].exponent)
+        return TollTerms(*(np.ascontiguousarray(term.reshape(-1, self.members).T) for term in terms))
 
     def _slopes(self, terms: TollTerms[Array]) -> tuple[Array, Array]:
         found = [loss.slopes(TollTerms(*(term[which] for term in terms))) for which, loss in self.losses]
@@ -262,10 +291,10 @@ class DenseLearner(Learner):
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         residual, latent = self.ensemble.run(inputs.numpy())
         x: Array = targets.numpy()
-        residual -= x.T
+        residual -= x[:, None]
         terms = self._terms(residual, latent)
         # Divided by the samples of one member: each has its own weights, so their gradients do not mix.
-        a, b = (slope[:, None] / len(x) for slope in self._slopes(terms))
+        a, b = ((slope / len(x)).T[:, :, None] for slope in self._slopes(terms))
         residual *= a
         self.ensemble.backward(residual, latent * b)
         means = [np.add.reduce(term, axis=1) / len(x) for term in terms]
@@ -290,7 +319,7 @@ class DenseLearner(Learner):
     def terms(self, inputs: Tensor, targets: Tensor) -> TollTerms[Tensor]:
         with evaluating(self.ensemble):
             reconstruction, latent = self.ensemble.run(inputs.numpy())
-            terms = self._terms(reconstruction - targets.numpy().T, latent)
+            terms = self._terms(reconstruction - targets.numpy()[:, None], latent)
         return TollTerms(*(torch.from_numpy(term) for term in terms))
 
     @override
