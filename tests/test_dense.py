@@ -23,7 +23,7 @@ def networks(n: int = 3, **arguments) -> list[DenseAutoencoder]:
 
 def backward(ensemble, value, outputs):
     """Autograd as far as the outputs, the ensemble from there."""
-    ensemble.backward(*(gradient.transpose(0, 1).numpy().copy() for gradient in torch.autograd.grad(value, outputs)))
+    ensemble.backward(*(gradient.transpose(0, 1).numpy() for gradient in torch.autograd.grad(value, outputs)))
 
 
 def loss_of(network, x, loss):

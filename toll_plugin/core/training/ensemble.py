@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,27 +39,42 @@ class _Layer(NamedTuple):
     dropout: float
 
 
-class _Trace(NamedTuple):
-    """What one layer's forward pass leaves for its backward pass."""
+class _Room(NamedTuple):
+    """Arrays of one layer's passes, ``(N, M * outputs)``, and the same memory by member, ``(M, N, outputs)``.
 
-    inputs: Array
-    norm: NormTrace | None
+    Steps use them again: to be given new ones by the system, and to look at them in another way, takes longer than
+    to fill them.
+
+    Attributes:
+        product: The linear layer's output, which a BatchNorm normalises in place.
+        output: What the next layer gets.
+        slope: Gradient of ``output``.
+        mask: Of a dropout; of no rows if there is none.
+        by_member: The first three, by member.
+    """
+
+    product: Array
     output: Array
+    slope: Array
+    mask: Array
+    by_member: tuple[Array, Array, Array]
+
+    @classmethod
+    def of(cls, layer: _Layer, count: int) -> _Room:
+        members, outputs, _ = layer.weight.value.shape
+        shape, dtype = (count, members * outputs), layer.weight.value.dtype
+        product, slope = np.empty(shape, dtype), np.empty(shape, dtype)
+        output = product if layer.norm is None else np.empty(shape, dtype)
+        views = [array.reshape(count, members, outputs).swapaxes(0, 1) for array in (product, output, slope)]
+        mask = np.empty(shape if layer.dropout else (0, shape[1]), dtype)
+        return cls(product, output, slope, mask, (views[0], views[1], views[2]))
+
+
+class _Trace(NamedTuple):
+    """What one layer's forward pass leaves for its backward pass, beside what is in its room."""
+
+    norm: NormTrace | None
     dropout: Dropout | None
-
-
-class _Room:
-    """Arrays that steps use again: to be given new ones by the system takes longer than to fill them."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, int], Array] = {}
-
-    def __call__(self, name: str, layer: int, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
-        held = self._held.get((name, layer))
-        if held is None or len(held) < shape[0]:
-            held = self._held[name, layer] = np.empty(shape, dtype)
-        rows: Array = held[: shape[0]]
-        return rows
 
 
 class DenseEnsemble(nn.Module):
@@ -108,8 +123,9 @@ class DenseEnsemble(nn.Module):
         members = [blocks(network.encoder) + blocks(network.decoder) for network in networks]
         self._layers = [self._join(layer) for layer in zip(*members, strict=True)]
         self._latent = len(blocks(networks[0].encoder)) - 1
+        self._inputs: Array = np.empty(0)
         self._traces: list[_Trace] = []
-        self._room = _Room()
+        self._rooms: dict[int, list[_Room]] = {}
 
     def _join(self, members: Sequence[list[nn.Module]]) -> _Layer:
         """One layer from the members' modules, ``members[m] = [linear, norm?, relu?, dropout?]``."""
@@ -150,53 +166,47 @@ class DenseEnsemble(nn.Module):
         In training mode, what :meth:`backward` needs is kept. The next call overwrites what is returned.
         """
         self._traces.clear()
-        a = latent = x
-        for i, layer in enumerate(self._layers):
-            inputs, norm = a, None
-            a = self._product(i, a, layer.weight.value)
-            dropout = self._dropped(i, a, layer.dropout) if self.training and layer.dropout else None
-            if layer.norm is not None:
-                output = self._room("output", i, a.shape, a.dtype)
-                norm = layer.norm.forward(a, output, training=self.training and len(x) > 1, dropout=dropout)
-                a = output
+        self._inputs, rooms = x, self._rooms_of(len(x))
+        for i, (layer, room) in enumerate(zip(self._layers, rooms, strict=True)):
+            if i == 0:  # one product for all members, which share their input
+                np.matmul(x, layer.weight.value.reshape(-1, x.shape[1]).T, out=room.product)
             else:
-                a += layer.bias.value.reshape(-1)
-                if layer.hidden:
-                    np.maximum(a, 0, out=a)
-                if dropout is not None:
-                    dropout.apply(a)
-            if i == self._latent:
-                latent = a
-            if self.training:
-                self._traces.append(_Trace(inputs, norm, a, dropout))
-        return self._by_member(a), self._by_member(latent)
+                np.matmul(rooms[i - 1].by_member[1], layer.weight.value.swapaxes(1, 2), out=room.by_member[0])
+            self._traces.append(self._activate(layer, room))
+        shape = (len(x), self.members, -1)
+        return rooms[-1].output.reshape(shape), rooms[self._latent].output.reshape(shape)
 
-    def _by_member(self, a: Array) -> Array:
-        return a.reshape(len(a), self.members, -1)
+    def _rooms_of(self, count: int) -> list[_Room]:
+        if count not in self._rooms:
+            while len(self._rooms) >= _SIZES:
+                del self._rooms[next(iter(self._rooms))]
+            self._rooms[count] = [_Room.of(layer, count) for layer in self._layers]
+        return self._rooms[count]
 
-    def _product(self, layer: int, a: Array, weight: Array) -> Array:
-        """``a`` times each member's weight, ``(M, outputs, inputs)``: one product where all share their input."""
-        _, outputs, inputs = weight.shape
-        product = self._room("product", layer, (len(a), self.members * outputs), a.dtype)
-        if a.shape[1] == inputs:
-            np.matmul(a, weight.reshape(-1, inputs).T, out=product)
+    def _activate(self, layer: _Layer, room: _Room) -> _Trace:
+        """From a layer's product to its output."""
+        dropout, norm = None, None
+        if layer.dropout and self.training:
+            dropout = Dropout(layer.dropout, self._random.random(out=room.mask, dtype=room.mask.dtype.type))
+        if layer.norm is not None:
+            own = self.training and len(room.product) > 1
+            norm = layer.norm.forward(room.product, room.output, training=own, dropout=dropout)
         else:
-            out = self._by_member(product).swapaxes(0, 1)
-            np.matmul(self._by_member(a).swapaxes(0, 1), weight.swapaxes(1, 2), out=out)
-        return product
-
-    def _dropped(self, layer: int, like: Array, share: float) -> Dropout:
-        mask = self._room("mask", layer, like.shape, like.dtype)
-        return Dropout(share, self._random.random(out=mask, dtype=mask.dtype.type))
+            room.output[...] += layer.bias.value.reshape(-1)
+            if layer.hidden:
+                np.maximum(room.output, 0, out=room.output)
+            if dropout is not None:
+                dropout.apply(room.output)
+        return _Trace(norm, dropout)
 
     def backward(self, d_reconstruction: Array, d_latent: Array) -> None:
-        """Set ``flat.grad`` from the gradients of what the last :meth:`run` in training mode returned.
-
-        ``d_reconstruction`` is overwritten.
-        """
-        count = len(d_reconstruction)
-        d = d_reconstruction.reshape(count, -1)
-        for i, (layer, trace) in reversed(list(enumerate(zip(self._layers, self._traces, strict=True)))):
+        """Set ``flat.grad`` from the gradients of what the last :meth:`run` in training mode returned."""
+        count = len(self._inputs)
+        rooms = self._rooms[count]
+        rooms[-1].slope[...] = d_reconstruction.reshape(count, -1)
+        for i in reversed(range(len(self._layers))):
+            layer, room, trace = self._layers[i], rooms[i], self._traces[i]
+            d = room.slope
             if i == self._latent:
                 d += d_latent.reshape(count, -1)
             if layer.norm is not None and trace.norm is not None:
@@ -205,15 +215,14 @@ class DenseEnsemble(nn.Module):
                 if trace.dropout is not None:
                     d *= trace.dropout.mask
                 if layer.hidden:
-                    d *= trace.output > 0
+                    d *= room.output > 0
                 np.add.reduce(d, axis=0, out=layer.bias.gradient.reshape(-1))
             if i == 0:
-                np.matmul(d.T, trace.inputs, out=layer.weight.gradient.reshape(d.shape[1], -1))
-                return
-            members, inputs = (self._by_member(array).swapaxes(0, 1) for array in (d, trace.inputs))
-            np.matmul(members.swapaxes(1, 2), inputs, out=layer.weight.gradient)
-            d = self._room("gradient", i, trace.inputs.shape, d.dtype)
-            np.matmul(members, layer.weight.value, out=self._by_member(d).swapaxes(0, 1))
+                np.matmul(d.T, self._inputs, out=layer.weight.gradient.reshape(d.shape[1], -1))
+            else:
+                (_, inputs, slope), members = rooms[i - 1].by_member, room.by_member[2]
+                np.matmul(members.swapaxes(1, 2), inputs, out=layer.weight.gradient)
+                np.matmul(members, layer.weight.value, out=slope)
 
     def member_tensors(self) -> Iterator[Tensor]:
         """Every weight and statistic, each ``(M, *)``; writing to them changes the ensemble."""
@@ -239,6 +248,10 @@ class DenseEnsemble(nn.Module):
                         )
                         _copy(norm, weight=scale, bias=shift)
                         _copy(norm, running_mean=mean + layer.bias.value[m], running_var=variance)
+
+
+#: For so many numbers of samples arrays are kept: a batch and the last one of an epoch, in training and evaluation.
+_SIZES = 4
 
 
 def _dropout(network: nn.Module) -> Iterator[float]:
@@ -287,7 +300,6 @@ class DenseLearner(Learner):
         return a, b
 
     @override
-    @torch.no_grad()
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         residual, latent = self.ensemble.run(inputs.numpy())
         x: Array = targets.numpy()
