@@ -118,18 +118,24 @@ class TableScaling:
 
     def transform(self, X: NDArray[Any]) -> Floats:  # noqa: N803  scikit-learn's name
         """Scaled and compressed rows, a new array in double precision of the shape of ``X``."""
+        return self.transform_and_clip(X)[0]
+
+    def transform_and_clip(self, X: NDArray[Any]) -> tuple[Floats, Floats]:  # noqa: N803
+        """Scaled and compressed rows, and what networks see of them, the same array where nothing is clipped."""
         if self.kind == "none":
-            return np.array(X, dtype=np.float64)
+            scaled: Floats = np.array(X, dtype=np.float64)
+            return scaled, scaled
         with np.errstate(over="ignore"):
             # Both divided first: the difference of two huge numbers may be more than the largest one.
-            scaled: Floats = np.divide(X, self.scale, dtype=np.float64, order="C")
+            scaled = np.divide(X, self.scale, dtype=np.float64, order="C")
             scaled -= self.centre / self.scale
-        if max(scaled.max(initial=0), -scaled.min(initial=0)) > self.bound:
-            distance = np.abs(scaled)
-            far = distance > self.bound
-            beyond = np.minimum(distance[far], _LARGEST) - self.bound
-            scaled[far] = np.copysign(self.bound + np.log1p(beyond), scaled[far])
-        return scaled
+        if max(scaled.max(initial=0), -scaled.min(initial=0)) <= self.bound:
+            return scaled, scaled
+        clipped = scaled.clip(-self.bound, self.bound)
+        far = clipped != scaled
+        beyond = np.minimum(np.abs(scaled[far]), _LARGEST) - self.bound
+        scaled[far] = np.copysign(self.bound + np.log1p(beyond), scaled[far])
+        return scaled, clipped
 
     def transform_tensor(self, x: Tensor) -> Tensor:
         """:meth:`transform` in torch and double precision, for graphs that are exported."""
