@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -17,7 +18,7 @@ from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.rows import Preprocessing, scale_rows
 from toll_plugin.core.tables.scaling import Floats, TableScaling
 from toll_plugin.core.tables.scoring import BLOCK, MANY, FoldedAutoencoder, ModuleAutoencoder, in_blocks, product
-from toll_plugin.core.threads import one_thread
+from toll_plugin.core.threads import one_blas_thread, one_thread
 
 __all__ = ["Measure", "TableMember", "TableModel", "TableParts"]
 
@@ -151,7 +152,7 @@ class TableModel:
             for rows, scaled, inputs in self._chunks(x):
                 terms = self._terms(scaled, inputs)
                 scores[rows] = toll_score(terms, beta=self.weight, term=self.score_term)[: rows.stop - rows.start]
-        if not np.isfinite(scores).all():
+        if not math.isfinite(scores.sum()):
             # Rows of raw features that are so far away that double precision ends.
             np.nan_to_num(scores, copy=False, nan=_LARGEST, posinf=_LARGEST)
         return scores
@@ -202,12 +203,15 @@ class TableModel:
                 vectors = latent if reconstruction is None or kind == "latent" else scaled - reconstruction
                 yield vectors[: rows.stop - rows.start]
 
-    @contextmanager
-    def _computing(self, count: int) -> Iterator[None]:
+    def _computing(self, count: int) -> AbstractContextManager[object]:
         """Silence about what overflows, and one thread where more would change the last bits."""
-        threads = one_thread() if count >= MANY or self._largest > _ONE_THREAD else nullcontext()
-        with threads, np.errstate(over="ignore", invalid="ignore"):
-            yield
+        silence = np.errstate(over="ignore", invalid="ignore")
+        if count < MANY and self._largest <= _ONE_THREAD:
+            return silence
+        both = ExitStack()
+        both.enter_context(one_blas_thread() if self._folded else one_thread())
+        both.enter_context(silence)
+        return both
 
     def _chunks(
         self, x: NDArray[Any], index: NDArray[np.int64] | None = None

@@ -129,7 +129,7 @@ class TableScaling:
             # Both divided first: the difference of two huge numbers may be more than the largest one.
             scaled = np.divide(X, self.scale, dtype=np.float64, order="C")
             scaled -= self.centre / self.scale
-        if max(scaled.max(initial=0), -scaled.min(initial=0)) <= self.bound:
+        if np.maximum.reduce(np.abs(scaled), axis=None, initial=0) <= self.bound:
             return scaled, scaled
         clipped = scaled.clip(-self.bound, self.bound)
         far = clipped != scaled

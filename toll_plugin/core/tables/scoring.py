@@ -29,12 +29,19 @@ MANY = 64
 
 def in_blocks(x: Floats) -> Floats:
     """``x``, shape ``(N, n_features)``, with rows of zeros added up to a multiple of :data:`BLOCK`."""
-    missing = -len(x) % BLOCK
-    return np.concatenate([x, np.zeros((missing, x.shape[1]))]) if missing else x
+    count = len(x)
+    if count % BLOCK == 0:
+        return x
+    whole = np.zeros((count + -count % BLOCK, x.shape[1]))
+    whole[:count] = x
+    return whole
 
 
 def product(x: Floats, weight: Floats) -> Floats:
     """``x @ weight`` of N rows, a multiple of :data:`BLOCK` on which the bits of none depend."""
+    if len(x) == BLOCK:
+        one: Floats = np.matmul(x, weight)
+        return one
     inputs, outputs = weight.shape
     many = len(x) // MANY * MANY
     if many == 0 or not in_order(inputs, outputs, weight.flags.c_contiguous):
@@ -56,8 +63,8 @@ def in_order(inputs: int, outputs: int, contiguous: bool) -> bool:
     draw = np.random.default_rng(0)
     x, weight = draw.normal(size=(MANY, inputs)), draw.normal(size=(inputs, outputs))
     weight = weight if contiguous else np.asfortranarray(weight)
-    large, small = x @ weight, np.matmul(x.reshape(-1, BLOCK, inputs), weight)
-    return bool(np.array_equal(large, small.reshape(large.shape)))
+    large, small = (np.matmul(x.reshape(-1, rows, inputs), weight) for rows in (MANY, BLOCK))
+    return bool(np.array_equal(large.ravel(), small.ravel()))
 
 
 class FoldedAutoencoder:

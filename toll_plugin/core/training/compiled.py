@@ -2,10 +2,10 @@
 
 NumPy reads and writes a layer once for each operation, compiled loops do so two or three times in all. They do the
 same operations in the same order, so a fit gives the same weights to the last bit with them and without, and it does
-not matter when they take over: a process begins with NumPy and changes to them once it has done as much by NumPy as
-loading them costs, or compiling, where no earlier process has left them in numba's cache. So nobody waits for a
-compiler before a small fit, and where numba is missing, cannot compile or finds no folder to write to, all goes on
-with NumPy.
+not matter when they take over: a process begins with NumPy and changes to them once they would have saved it as much
+time as it takes to load them, or, where no earlier process has left them in numba's cache, to compile them. So nobody
+waits for a compiler before a small fit, and where numba is missing, cannot compile or finds no folder to write to, all
+goes on with NumPy.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 __all__ = ["Kernels", "kernels"]
 
-#: Values that go through layers by NumPy before the loops are loaded, and before they are compiled. On one core
-#: that is about as long as it takes: 0.3 s and 3 s.
-_LOADED_AFTER, _COMPILED_AFTER = 5e7, 8e8
+#: Seconds that the loops take to load and to compile, about, on one core.
+_LOADING, _COMPILING = 0.3, 3.0
+#: Seconds that they save for each call, and for each value in it.
+_CALL, _VALUE = 2.5e-5, 2e-9
 
 
 class Kernels(NamedTuple):
@@ -39,18 +40,18 @@ class Kernels(NamedTuple):
 
 
 class _Tiers:
-    """Which form is used, and how much has gone through NumPy's."""
+    """Which form is used, and the seconds that the compiled one would have saved so far."""
 
     def __init__(self) -> None:
-        self.done = 0
-        self.next_look: float = _LOADED_AFTER
+        self.lost = 0.0
+        self.next_look = _LOADING
         self.found: Kernels | None = None
 
     def look(self) -> None:
-        """Load or compile the loops, if enough has been done for it."""
-        enough = self.done >= _COMPILED_AFTER
-        if not enough and "numba" not in sys.modules:  # importing it takes longer than what is in the cache saves
-            self.next_look = _COMPILED_AFTER
+        """Load or compile the loops, if that pays."""
+        enough = self.lost >= _COMPILING
+        if not enough and "numba" not in sys.modules:  # to import it takes longer than to load the loops
+            self.next_look = _COMPILING
             return
         self.next_look = math.inf  # whatever happens here, it does not happen twice
         try:
@@ -59,7 +60,7 @@ class _Tiers:
             if numba.config.DISABLE_JIT:
                 return
             if not enough and not _cached(numba):
-                self.next_look = _COMPILED_AFTER
+                self.next_look = _COMPILING
                 return
             self.found = compile_kernels(numba)
         except Exception:  # noqa: BLE001  of many kinds, and NumPy does the same
@@ -75,8 +76,8 @@ def kernels(values: NDArray[Any]) -> Kernels | None:
     if values.dtype != np.float32 or values.shape[1] == 1:
         return None
     if _tiers.found is None:
-        _tiers.done += values.size
-        if _tiers.done >= _tiers.next_look:
+        _tiers.lost += _CALL + _VALUE * values.size
+        if _tiers.lost >= _tiers.next_look:
             _tiers.look()
     return _tiers.found
 
