@@ -44,12 +44,13 @@ def product(x: Floats, weight: Floats) -> Floats:
         return one
     inputs, outputs = weight.shape
     many = len(x) // MANY * MANY
-    if many == 0 or not in_order(inputs, outputs, weight.flags.c_contiguous):
-        blocked: Floats = np.matmul(x.reshape(-1, BLOCK, inputs), weight)
-        return blocked.reshape(-1, outputs)
+    if many and not in_order(inputs, outputs, weight.flags.c_contiguous):
+        many = 0
     found = np.empty((len(x), outputs))
-    for part, rows in ((slice(many), MANY), (slice(many, None), BLOCK)):
-        np.matmul(x[part].reshape(-1, rows, inputs), weight, out=found[part].reshape(-1, rows, outputs))
+    for rows, block in ((slice(many), MANY), (slice(many, len(x)), BLOCK)):
+        blocks = (rows.stop - (rows.start or 0)) // block
+        out = found[rows].reshape(blocks, block, outputs)
+        np.matmul(x[rows].reshape(blocks, block, inputs), weight, out=out)
     return found
 
 

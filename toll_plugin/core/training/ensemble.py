@@ -73,6 +73,7 @@ class _Room(NamedTuple):
 class _Trace(NamedTuple):
     """What one layer's forward pass leaves for its backward pass, beside what is in its room."""
 
+    inputs: Array
     norm: NormTrace | None
     dropout: Dropout | None
 
@@ -123,7 +124,6 @@ class DenseEnsemble(nn.Module):
         members = [blocks(network.encoder) + blocks(network.decoder) for network in networks]
         self._layers = [self._join(layer) for layer in zip(*members, strict=True)]
         self._latent = len(blocks(networks[0].encoder)) - 1
-        self._inputs: Array = np.empty(0)
         self._traces: list[_Trace] = []
         self._rooms: dict[int, list[_Room]] = {}
 
@@ -166,13 +166,14 @@ class DenseEnsemble(nn.Module):
         In training mode, what :meth:`backward` needs is kept. The next call overwrites what is returned.
         """
         self._traces.clear()
-        self._inputs, rooms = x, self._rooms_of(len(x))
+        rooms, inputs = self._rooms_of(len(x)), x
         for i, (layer, room) in enumerate(zip(self._layers, rooms, strict=True)):
             if i == 0:  # one product for all members, which share their input
                 np.matmul(x, layer.weight.value.reshape(-1, x.shape[1]).T, out=room.product)
             else:
-                np.matmul(rooms[i - 1].by_member[1], layer.weight.value.swapaxes(1, 2), out=room.by_member[0])
-            self._traces.append(self._activate(layer, room))
+                inputs = rooms[i - 1].by_member[1]
+                np.matmul(inputs, layer.weight.value.swapaxes(1, 2), out=room.by_member[0])
+            self._traces.append(_Trace(inputs, *self._activate(layer, room)))
         shape = (len(x), self.members, -1)
         return rooms[-1].output.reshape(shape), rooms[self._latent].output.reshape(shape)
 
@@ -183,7 +184,7 @@ class DenseEnsemble(nn.Module):
             self._rooms[count] = [_Room.of(layer, count) for layer in self._layers]
         return self._rooms[count]
 
-    def _activate(self, layer: _Layer, room: _Room) -> _Trace:
+    def _activate(self, layer: _Layer, room: _Room) -> tuple[NormTrace | None, Dropout | None]:
         """From a layer's product to its output."""
         dropout, norm = None, None
         if layer.dropout and self.training:
@@ -197,11 +198,11 @@ class DenseEnsemble(nn.Module):
                 np.maximum(room.output, 0, out=room.output)
             if dropout is not None:
                 dropout.apply(room.output)
-        return _Trace(norm, dropout)
+        return norm, dropout
 
     def backward(self, d_reconstruction: Array, d_latent: Array) -> None:
         """Set ``flat.grad`` from the gradients of what the last :meth:`run` in training mode returned."""
-        count = len(self._inputs)
+        count = len(d_reconstruction)
         rooms = self._rooms[count]
         rooms[-1].slope[...] = d_reconstruction.reshape(count, -1)
         for i in reversed(range(len(self._layers))):
@@ -218,11 +219,11 @@ class DenseEnsemble(nn.Module):
                     d *= room.output > 0
                 np.add.reduce(d, axis=0, out=layer.bias.gradient.reshape(-1))
             if i == 0:
-                np.matmul(d.T, self._inputs, out=layer.weight.gradient.reshape(d.shape[1], -1))
+                np.matmul(d.T, trace.inputs, out=layer.weight.gradient.reshape(d.shape[1], -1))
             else:
-                (_, inputs, slope), members = rooms[i - 1].by_member, room.by_member[2]
-                np.matmul(members.swapaxes(1, 2), inputs, out=layer.weight.gradient)
-                np.matmul(members, layer.weight.value, out=slope)
+                members = room.by_member[2]
+                np.matmul(members.swapaxes(1, 2), trace.inputs, out=layer.weight.gradient)
+                np.matmul(members, layer.weight.value, out=rooms[i - 1].by_member[2])
 
     def member_tensors(self) -> Iterator[Tensor]:
         """Every weight and statistic, each ``(M, *)``; writing to them changes the ensemble."""
@@ -309,8 +310,11 @@ class DenseLearner(Learner):
         a, b = ((slope / len(x)).T[:, :, None] for slope in self._slopes(terms))
         residual *= a
         self.ensemble.backward(residual, latent * b)
-        means = [np.add.reduce(term, axis=1) / len(x) for term in terms]
-        return torch.from_numpy(np.stack(means))
+        means = np.empty((len(terms), self.members), x.dtype)
+        for mean, term in zip(means, terms, strict=True):
+            np.add.reduce(term, axis=1, out=mean)
+        means /= len(x)
+        return torch.from_numpy(means)
 
     @override
     def update(self) -> None:
