@@ -30,6 +30,7 @@ from toll_plugin.core import (
 )
 from toll_plugin.core.tables import scoring
 from toll_plugin.core.tables.rows import TableRows
+from toll_plugin.core.tables.scaling import _quartiles
 from toll_plugin.core.tables.scoring import BLOCK, MANY, FoldedAutoencoder, ModuleAutoencoder, in_blocks
 
 X = np.random.default_rng(0).normal(size=(50, 4))
@@ -51,6 +52,13 @@ def test_robust_scaling_leaves_out_what_lies_beyond_the_fences():
     # Quartiles 1.25 and 3.75, median 2.5: the fences lie 10 * 2.5 / 1.349 = 18.5 around it.
     np.testing.assert_allclose(scaling.centre, [2.0])
     np.testing.assert_allclose(scaling.scale, [np.sqrt(2.0)])
+
+
+@given(
+    table=arrays.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 40)), elements=st.floats(-1e3, 1e3)),
+)
+def test_quartiles_are_numpys(table):
+    np.testing.assert_array_equal(_quartiles(np.sort(table, axis=1)), np.percentile(table, [25, 50, 75], axis=1))
 
 
 def test_far_values_are_compressed_by_hand():

@@ -28,7 +28,7 @@ __all__ = ["FittedTable", "Metric", "ScoreScale", "TableSplit", "TrainedMember",
 Metric = Literal["mahalanobis", "euclidean"]
 
 #: Up to this many bytes the scaled training rows are kept; larger tables are scaled batch by batch.
-_KEPT = 1 << 23
+_KEPT = 1 << 24
 #: Rows that are scaled at a time.
 _PIECE = 256
 #: Rows that suffice to measure columns and residuals.
