@@ -26,21 +26,40 @@ class Weights(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Which hidden units are dropped, with which chance.
+    """Which hidden units are dropped.
 
     Attributes:
-        share: The chance.
-        mask: Uniform numbers in [0, 1) that were drawn, one for each unit of each sample; the forward pass
-            makes factors of them, 0 for the units that are dropped.
+        drawn: Uniform numbers of 16 bits, one for each unit of each sample.
+        below: A unit is dropped where its number is less than this.
+        mask: What the forward pass makes of the numbers: 0 for the units that are dropped, :attr:`factor` for others.
     """
 
-    share: float
+    drawn: NDArray[np.uint16]
+    below: int
     mask: Array
+
+    @property
+    def factor(self) -> float:
+        """What units that are kept are multiplied by, so that the mean stays."""
+        return _NUMBERS / (_NUMBERS - self.below)
 
     def apply(self, y: Array) -> None:
         """Make the mask and drop units of ``y`` in place."""
-        np.multiply(self.mask >= self.share, 1 / (1 - self.share), out=self.mask, casting="same_kind")
+        np.multiply(self.drawn >= self.below, self.factor, out=self.mask, casting="same_kind")
         y *= self.mask
+
+    @classmethod
+    def draw(cls, share: float, mask: Array, bits: np.random.BitGenerator) -> Dropout:
+        """A ``share`` of the units, to the nearest of 65 536 parts; more bits would take longer than a layer does."""
+        words: NDArray[np.uint64] = bits.random_raw(-(-mask.size // 4))
+        drawn = words.view(np.uint16)[: mask.size].reshape(mask.shape)
+        return cls(drawn, min(round(share * _NUMBERS), _NUMBERS - 1), mask)
+
+
+_NUMBERS = 1 << 16
+
+
+_NONE = np.empty((0, 0), np.uint16)
 
 
 class NormTrace(NamedTuple):
@@ -73,12 +92,10 @@ class Norm(NamedTuple):
         kernels = compiled.kernels(x) if training else None
         if kernels is not None:
             inverse = np.empty_like(self.mean)
-            drawn = x[:0] if dropout is None else dropout.mask
-            share = 0.0 if dropout is None else dropout.share
-            factors = (self.momentum, self.eps, share, 1 / (1 - share))
-            kernels.forward(
-                x, y, self.scale.value, self.shift.value, self.mean, self.variance, inverse, drawn, *factors
-            )
+            units = dropout or Dropout(_NONE, 0, x[:0])
+            chances = (units.drawn, units.mask, self.momentum, self.eps, units.below, units.factor)
+            own = (self.scale.value, self.shift.value, self.mean, self.variance)
+            kernels.forward(x, y, *own, inverse, *chances)
             return NormTrace(x, inverse, y, training, dropout)
         count = len(x)
         if training:

@@ -92,7 +92,8 @@ def compile_kernels(numba: Any) -> Kernels:
     """Compile the loops, or load them from numba's cache."""
     one, table, number = numba.float32[::1], numba.float32[:, ::1], numba.float32
     options = {"cache": True, "nogil": True, "error_model": "numpy"}
-    forward = numba.void(table, table, one, one, one, one, one, table, number, number, number, number)
+    drawn, below = numba.uint16[:, ::1], numba.uint16
+    forward = numba.void(table, table, one, one, one, one, one, drawn, table, number, number, below, number)
     backward = numba.void(table, table, table, one, table, one, one, one)
     return Kernels(numba.njit([forward], **options)(_forward), numba.njit([backward], **options)(_backward))
 
@@ -108,16 +109,16 @@ def _forward(  # noqa: C901  a loop for each pass
     mean: Any,
     variance: Any,
     inverse: Any,
+    drawn: Any,
     mask: Any,
     momentum: Any,
     eps: Any,
-    share: Any,
+    below: Any,
     factor: Any,
 ) -> None:
     """Normalise ``x`` by its own statistics in place, put its ReLU into ``y``, and drop units if there is a ``mask``.
 
-    ``inverse`` and the running ``mean`` and ``variance`` are written as well; ``mask``, drawn uniformly, becomes the
-    ``factor`` of the units that are kept.
+    ``inverse``, the running ``mean`` and ``variance`` and ``mask`` are written as well.
     """
     samples, features = x.shape
     zero, one, count = np.float32(0), np.float32(1), np.float32(samples)
@@ -146,7 +147,7 @@ def _forward(  # noqa: C901  a loop for each pass
             y[n, i] = zero if value < zero else value  # noqa: FURB136  what is no number stays so
         if len(mask):
             for i in range(features):
-                kept = factor if mask[n, i] >= share else zero
+                kept = factor if drawn[n, i] >= below else zero
                 mask[n, i] = kept
                 y[n, i] *= kept
 

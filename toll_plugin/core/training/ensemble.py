@@ -113,7 +113,7 @@ class DenseEnsemble(nn.Module):
         self.networks = list(networks)  # a list, so that their parameters are not this module's
         # NumPy draws masks much faster than torch does.
         seed = torch.randint(2**62, (), generator=generator) if any(_dropout(networks[0])) else torch.zeros(())
-        self._random = np.random.Generator(np.random.SFC64(int(seed)))
+        self._random = np.random.SFC64(int(seed))
         self.members = len(networks)
         self.input_shape = networks[0].input_shape
         size = self.members * sum(math.prod(shape) for _, shape in shapes[0])
@@ -188,7 +188,7 @@ class DenseEnsemble(nn.Module):
         """From a layer's product to its output."""
         dropout, norm = None, None
         if layer.dropout and self.training:
-            dropout = Dropout(layer.dropout, self._random.random(out=room.mask, dtype=room.mask.dtype.type))
+            dropout = Dropout.draw(layer.dropout, room.mask, self._random)
         if layer.norm is not None:
             own = self.training and len(room.product) > 1
             norm = layer.norm.forward(room.product, room.output, training=own, dropout=dropout)
