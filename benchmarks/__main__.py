@@ -8,6 +8,7 @@ import sys
 from jsonargparse import auto_cli
 
 from benchmarks.costs.deployment import deployment
+from benchmarks.costs.growth import growth
 from benchmarks.costs.imports import imports
 from benchmarks.costs.overhead import overhead
 from benchmarks.costs.speed import speed
@@ -29,6 +30,7 @@ def main() -> None:
         "list": list_,
         "report": report,
         "deployment": deployment,
+        "growth": growth,
         "imports": imports,
         "linear": linear,
         "mixin": mixin,

@@ -23,7 +23,7 @@ def networks(n: int = 3, **arguments) -> list[DenseAutoencoder]:
 
 def backward(ensemble, value, outputs):
     """Autograd as far as the outputs, the ensemble from there."""
-    ensemble.backward(*(gradient.mT.numpy() for gradient in torch.autograd.grad(value, outputs)))
+    ensemble.backward(*(gradient.transpose(0, 1).numpy() for gradient in torch.autograd.grad(value, outputs)))
 
 
 def loss_of(network, x, loss):
@@ -74,9 +74,9 @@ def test_dropout_drops_and_keeps_the_mean():
     x = torch.randn(4000, 6, generator=generator)
     ensemble(x)
     trace = ensemble._traces[0]
-    kept = trace.mask > 0
+    kept = trace.dropout.mask > 0
     assert kept.mean() == pytest.approx(0.75, abs=0.01)
-    assert np.unique(trace.mask[kept]).tolist() == pytest.approx([1 / 0.75])
+    assert np.unique(trace.dropout.mask[kept]).tolist() == pytest.approx([1 / 0.75])
     ensemble.eval()
     network.eval()
     torch.testing.assert_close(ensemble(x)[0][0], network(x)[0])
@@ -89,7 +89,7 @@ def test_gradients_with_dropout_are_those_of_the_masked_network():
     x, loss = X.double(), TollLoss(0.3)
     outputs = [t.requires_grad_() for t in ensemble(x)]
     backward(ensemble, loss(x, outputs[0][0], outputs[1][0]), outputs)
-    masks = iter([torch.from_numpy(t.mask[0].T) for t in ensemble._traces if t.mask is not None])
+    masks = iter([torch.from_numpy(t.dropout.mask) for t in ensemble._traces if t.dropout is not None])
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.forward = functools.partial(torch.mul, next(masks))

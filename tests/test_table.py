@@ -28,8 +28,10 @@ from toll_plugin.core import (
     toll_score,
     typical,
 )
+from toll_plugin.core.tables import scoring
 from toll_plugin.core.tables.rows import TableRows
-from toll_plugin.core.tables.scoring import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
+from toll_plugin.core.tables.scaling import _quartiles
+from toll_plugin.core.tables.scoring import BLOCK, MANY, FoldedAutoencoder, ModuleAutoencoder, in_blocks
 
 X = np.random.default_rng(0).normal(size=(50, 4))
 
@@ -50,6 +52,13 @@ def test_robust_scaling_leaves_out_what_lies_beyond_the_fences():
     # Quartiles 1.25 and 3.75, median 2.5: the fences lie 10 * 2.5 / 1.349 = 18.5 around it.
     np.testing.assert_allclose(scaling.centre, [2.0])
     np.testing.assert_allclose(scaling.scale, [np.sqrt(2.0)])
+
+
+@given(
+    table=arrays.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 40)), elements=st.floats(-1e3, 1e3)),
+)
+def test_quartiles_are_numpys(table):
+    np.testing.assert_array_equal(_quartiles(np.sort(table, axis=1)), np.percentile(table, [25, 50, 75], axis=1))
 
 
 def test_far_values_are_compressed_by_hand():
@@ -127,6 +136,35 @@ def test_a_folded_network_computes_what_its_module_does(arguments):
         np.testing.assert_allclose(one, other.numpy(), rtol=1e-10, atol=1e-12)
     for one, other in zip(found, ModuleAutoencoder(network)(x), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_bits_of_a_row_do_not_depend_on_the_rows_beside_it(low_rank, ordered, monkeypatch):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(3 * MANY + 5, 30))
+    networks = [DenseAutoencoder(30, (17, 9), 5) for _ in range(2)]
+    rows = draw.normal(size=(20, 30)) if low_rank else x
+    measure = Measure(MahalanobisNorm.of([rows]))
+    model = TableModel(TableScaling().fit(x), [TableMember(network, measure) for network in networks], weight=0.3)
+    whole = model.score(x)
+    if not ordered:  # a library that sums in another order in larger blocks
+        monkeypatch.setattr(scoring, "in_order", lambda *_: False)
+    for n in (1, BLOCK, MANY - 1, MANY, MANY + 1, 2 * MANY, len(x)):
+        np.testing.assert_array_equal(model.score(x[-n:]), whole[-n:])
+
+
+def test_the_order_of_a_product_is_tried(monkeypatch):
+    assert scoring.in_order.__wrapped__(30, 17, True)
+
+    def another(x, weight, **arguments):
+        flipped = slice(None, None, -1)
+        found = matmul(x[..., flipped], weight[flipped], **arguments)
+        return matmul(x, weight, **arguments) if x.shape[-2] == BLOCK else found
+
+    matmul = np.matmul
+    monkeypatch.setattr(np, "matmul", another)
+    assert not scoring.in_order.__wrapped__(30, 17, True)
 
 
 def test_a_module_of_ones_own_is_not_changed_by_scoring():

@@ -6,8 +6,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +27,81 @@ NETS = {
 #: One network as the others train it, for as many epochs as they do.
 PLAIN = {"n_members": 1, "beta": 0.1, "score_scale": "none", "metric": "euclidean", "max_steps": None, "lr": 1e-3}
 
+#: What is aimed at: times as fast as PyOD's fit of the same network, and seconds of default fits by their rows.
+GOALS = {"100-64-32, batch 32": "6", "100-64-32, batch 1024": "4", "274-256-128-16, batch 100": "3"}
+_SECONDS = {500: 1, 100_000: 10}
+
 #: Steps of TollDetector until an AUROC is reached.
 STEPS = (25, 50, 100, 200, 400, 800, 1600, 3200)
 
 Row = dict[str, str]
 
 
-def row(what: str, whom: str, theirs: float, ours: float, unit: str = "ms", scale: float = 1000.0) -> Row:
-    """A line of the table: seconds of both, shown as ``scale`` times as many of ``unit``."""
-    return {
+def row(
+    what: str,
+    whom: str,
+    theirs: float,
+    ours: float,
+    unit: str = "ms",
+    scale: float = 1000.0,
+    *,
+    goal: str = "",
+    products: float = 0.0,
+) -> Row:
+    """A line of the table: seconds of both and of our products alone, shown as ``scale`` times as many of ``unit``."""
+    found = {
         "what": what,
         "beside": whom,
         "theirs": f"{theirs * scale:.4g} {unit}",
         "ours": f"{ours * scale:.4g} {unit}",
         "theirs / ours": f"{theirs / ours:.2f}",
     }
+    if goal:
+        found["goal"] = goal
+    if products:
+        found["products alone"] = f"{products * scale:.4g} {unit}"
+    return found
 
 
-def _timed(what: str, whom: str, theirs: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> Row:
+def _timed(what: str, whom: str, theirs: Callable[[], Any], ours: Callable[[], Any], repeats: int, **more: Any) -> Row:
     taken = median_seconds({"theirs": theirs, "ours": ours}, repeats)
-    return row(what, whom, taken["theirs"], taken["ours"])
+    return row(what, whom, taken["theirs"], taken["ours"], **more)
+
+
+def _products(widths: Sequence[int], batch: int, members: int, steps: int, scored: int) -> float:
+    """Seconds of the matrix products of so many steps in single precision and of scoring so many rows in double.
+
+    Args:
+        widths: Of the layers, from the inputs to the latent; the decoder mirrors them.
+        batch: Rows of a step.
+        members: Networks.
+        steps: How many.
+        scored: Rows.
+    """
+    import numpy as np
+
+    draw, piece = np.random.default_rng(0), 512
+    shapes = list(pairwise([*widths, *widths[-2::-1]]))
+
+    def arrays(rows: int, kind: type) -> list[list[Any]]:
+        sizes = [((members, rows, k), (members, k, n), (members, rows, n)) for k, n in shapes]
+        return [[draw.normal(size=size).astype(kind) for size in layer] for layer in sizes]
+
+    trained, evaluated = arrays(batch, np.float32), arrays(piece, np.float64)
+
+    def step() -> None:
+        for i, (x, weight, slope) in enumerate(trained):
+            np.matmul(x, weight)
+            np.matmul(x.swapaxes(1, 2), slope)
+            if i:
+                np.matmul(slope, weight.swapaxes(1, 2))
+
+    def score() -> None:
+        for x, weight, _ in evaluated:
+            np.matmul(x, weight)
+
+    taken = median_seconds({"step": step, "score": score}, 20)
+    return steps * taken["step"] + scored / piece * taken["score"]
 
 
 def _pair(net: str, epochs: int) -> tuple[Any, Any]:
@@ -68,12 +124,46 @@ def _rows(count: int, features: int) -> Any:
 
 def _fit(rows: int, epochs: int, repeats: int) -> list[Row]:
     found = []
-    for net, (features, *_) in NETS.items():
+    for net, (features, hidden, latent, batch) in NETS.items():
         x = _rows(rows, features)
         toll, pyod = _pair(net, epochs)
         fits = (partial(pyod.fit, x), partial(toll.fit, x))
-        found.append(_timed(f"`fit`, {net}, {rows} rows", "PyOD AutoEncoder", *fits, repeats))
+        products = _products((features, *hidden, latent), batch, 1, epochs * -(-rows // batch), rows)
+        more = {"goal": GOALS[net], "products": products}
+        found.append(_timed(f"`fit`, {net}, {rows} rows", "PyOD AutoEncoder", *fits, repeats, **more))
     return found
+
+
+def _defaults(sizes: Sequence[tuple[int, int]], repeats: int) -> list[Row]:
+    """Fits by TollDetector's defaults, in this process and as the first of another one."""
+    from toll_plugin.pyod import TollDetector
+
+    found = []
+    for rows, features in sizes:
+        x, size = _rows(rows, features), f"{rows} x {features}"
+        seconds = median_seconds({"ours": partial(TollDetector().fit, x)}, repeats)["ours"]
+        goal = {"goal": f"{_SECONDS[rows]} s"} if rows in _SECONDS else {}
+        found.append({"what": f"default `fit`, {size}", "ours": f"{seconds:.3g} s", **goal})
+        (first,) = in_new_process("benchmarks.costs.speed", "first", rows, features)
+        found.append({"what": "the same, the first of a process", "ours": f"{first:.3g} s", **goal})
+    return found
+
+
+def _first_fit(rows: int, features: int) -> float:
+    """What :func:`_defaults` runs in a new process: the seconds of its first fit, imports aside."""
+    from toll_plugin.pyod import TollDetector
+
+    x = _rows(rows, features)
+    start = time.perf_counter()
+    TollDetector().fit(x)
+    return time.perf_counter() - start
+
+
+def warm(steps: int) -> None:
+    """Train so many steps; after 2500 the process has its compiled loops, as one that trains for some seconds does."""
+    from toll_plugin.pyod import TollDetector
+
+    TollDetector(max_steps=steps).fit(_rows(2000, 20))
 
 
 def _score(rows: int, repeats: int) -> list[Row]:
@@ -111,11 +201,13 @@ def _score(rows: int, repeats: int) -> list[Row]:
     scored = f"`decision_function`, {rows} rows, 100-64-32"
     defaults = f"the same, TollDetector's defaults ({default.n_members} members, metric)"
     each = {"unit": "us", "scale": 1e6 / times}
+    products = _products((100, 64, 32), 32, 1, 0, rows)
+    pyods = "PyOD AutoEncoder's `predict`"
     return [
-        row(scored, "PyOD AutoEncoder", many["pyod"], many["toll"]),
+        row(scored, "PyOD AutoEncoder", many["pyod"], many["toll"], goal="20", products=products),
         row(defaults, "PyOD AutoEncoder", many["pyod"], many["default"]),
-        row("one row", "PyOD AutoEncoder's `predict`", single["pyod"], single["toll"], **each),
-        row("one row", "onnxruntime, the exported graph", single["onnx"], single["toll"], **each),
+        row("one row", pyods, single["pyod"], single["toll"], **each, goal="15"),
+        row("one row", "onnxruntime, the exported graph", single["onnx"], single["toll"], **each, goal="0.62"),
     ]
 
 
@@ -143,7 +235,9 @@ def _members(rows: int, epochs: int, repeats: int) -> list[Row]:
     from toll_plugin.pyod import TollDetector
 
     found = []
-    for features, hidden, latent, batch in ((20, (64,), 32, 32), (274, (256, 128), 16, 100)):
+    for goal, (features, hidden, latent, batch) in zip(
+        ("1", "0.18"), ((20, (64,), 32, 32), (274, (256, 128), 16, 100)), strict=True
+    ):
         x, settings = (
             _rows(rows, features),
             PLAIN | {"n_members": 10, "n_collapsed": 10, "batch_size": batch, "epochs": epochs},
@@ -151,7 +245,9 @@ def _members(rows: int, epochs: int, repeats: int) -> list[Row]:
         ten = TollDetector(hidden_sizes=hidden, latent_dim=latent, **settings)
         what = f"ten members, {'-'.join(map(str, (features, *hidden, latent)))}, batch {batch}"
         fits = (partial(_plain_loop, x, hidden, latent, batch, epochs), partial(ten.fit, x))
-        found.append(_timed(what, "one network, plain torch loop", *fits, repeats))
+        products = _products((features, *hidden, latent), batch, 10, epochs * -(-rows // batch), rows)
+        more = {"goal": goal, "products": products}
+        found.append(_timed(what, "one network, plain torch loop", *fits, repeats, **more))
     return found
 
 
@@ -174,18 +270,19 @@ def _own_modules(rows: int, epochs: int, repeats: int) -> Row:
     return _timed("`fit` of your own modules, 100-64-32, batch 128", "plain torch loop", *fits, repeats)
 
 
-def _memory(rows: int) -> Row:
-    pyod, toll = (in_new_process("benchmarks.costs.speed", whom, rows) for whom in ("pyod", "toll"))
+def _memory(rows: int, warm_steps: int) -> Row:
+    (pyod,), (toll,) = (in_new_process("benchmarks.costs.speed", whom, rows, warm_steps) for whom in ("pyod", "toll"))
     return {
         "what": f"extra peak memory of `fit` and `decision_function`, {rows} x 100 float32",
         "beside": "PyOD AutoEncoder",
         "theirs": f"{pyod:.2f} of the data",
         "ours": f"{toll:.2f} of the data",
         "theirs / ours": f"{pyod / toll:.1f}",
+        "goal": "0.10 of the data",
     }
 
 
-def _share_of_the_data(whom: str, rows: int) -> float:
+def _share_of_the_data(whom: str, rows: int, warm_steps: int) -> float:
     """What :func:`_memory` runs: the memory that a fit and scoring take more, in times of the data's own."""
     import numpy as np
 
@@ -199,6 +296,8 @@ def _share_of_the_data(whom: str, rows: int) -> float:
         return AutoEncoder(epoch_num=1, batch_size=8192, verbose=0)
 
     x = np.random.default_rng(0).standard_normal((rows, 100), dtype=np.float32)
+    if whom == "toll":
+        warm(warm_steps)
     make().fit(x[:20000]).decision_function(x[:2000])  # loads what is loaded once
     with peak_memory() as memory:
         make().fit(x).decision_function(x)
@@ -235,7 +334,8 @@ def _until(roots: list[Path], names: list[str]) -> list[Row]:
     if ratios:
         not_reached = f", not reached on {', '.join(missed)}" if missed else ""
         what = f"median of these {len(ratios)}{not_reached}"
-        found.append({"what": what, "beside": "PyOD AutoEncoder", "theirs / ours": f"{statistics.median(ratios):.1f}"})
+        median = f"{statistics.median(ratios):.1f}"
+        found.append({"what": what, "beside": "PyOD AutoEncoder", "theirs / ours": median, "goal": "10"})
     return found
 
 
@@ -243,20 +343,26 @@ def speed(
     rows: int = 10_000,
     epochs: int = 2,
     repeats: int = 5,
+    defaults: tuple[tuple[int, int], ...] = ((500, 20), (100_000, 30)),
     memory_rows: int = 1_000_000,
     roots: list[Path] | None = None,
     names: list[str] | None = None,
+    warm_steps: int = 2500,
     output: Path = RESULTS / "speed.json",
 ) -> None:
-    """Times side by side, in turns, one thread, medians; the last column is the others' over ours.
+    """Times side by side, in turns, one thread, medians; the others' over ours beside what is aimed at.
+
+    The products alone are what no form of the step, and no scoring in double precision, takes less than.
 
     Args:
         rows: Rows of the fits.
         epochs: Their epochs.
         repeats: Runs of each, after one that is not counted.
+        defaults: Rows and columns of the fits by TollDetector's defaults.
         memory_rows: Rows of the memory comparison; 0 leaves it out.
         roots: Folders with tables, for the time until an AUROC is reached; without any it is left out.
         names: Which tables; by default those that defaults were not chosen by.
+        warm_steps: Of a training before all others, after which the process has its compiled loops.
         output: Where the record goes.
     """
     import torch
@@ -267,12 +373,14 @@ def speed(
     torch.set_num_threads(1)
     record = {"command": "speed", **provenance(), "rows": rows, "epochs": epochs, "repeats": repeats}
     with threadpool_limits(1), apart():
+        warm(warm_steps)
         found = [
             *_fit(rows, epochs, repeats),
+            *_defaults(defaults, repeats),
             *_members(rows // 5, epochs, repeats),
             _own_modules(rows // 2, epochs, repeats),
             *_score(rows, repeats),
-            *([_memory(memory_rows)] if memory_rows else []),
+            *([_memory(memory_rows, warm_steps)] if memory_rows else []),
             *(_until(roots, names or list(CHECK)) if roots else []),
         ]
     finish(output, {**record, "table": markdown(found)})
@@ -280,5 +388,7 @@ def speed(
 
 if __name__ == "__main__":
     with apart():
-        share = _share_of_the_data(sys.argv[1], int(sys.argv[2]))
-    print(share)
+        what, *numbers = sys.argv[1:]
+        given = map(int, numbers)
+        measured = _first_fit(*given) if what == "first" else _share_of_the_data(what, *given)
+    print(measured)

@@ -26,21 +26,27 @@ def median_seconds(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str
 
 
 @contextmanager
-def peak_memory() -> Iterator[list[float]]:
+def peak_memory(*, files: bool = True) -> Iterator[list[float]]:
     """The first entry becomes the largest resident memory of the block over that at its start, in MB.
 
-    A lower bound: memory that the process had freed but not given back is used first.
+    A lower bound: memory that the process had freed but not given back is used first. Without ``files``, pages of
+    files that are mapped, which the system takes back where it needs them, do not count.
     """
     import psutil
 
     gc.collect()
     process = psutil.Process()
-    before = process.memory_info().rss
+
+    def resident() -> int:
+        now = process.memory_info()
+        return int(now.rss if files else now.rss - now.shared)
+
+    before = resident()
     found, over = [0.0], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.01):
-            found[0] = max(found[0], (process.memory_info().rss - before) / 1e6)
+            found[0] = max(found[0], (resident() - before) / 1e6)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -49,14 +55,14 @@ def peak_memory() -> Iterator[list[float]]:
     finally:
         over.set()
         watcher.join()
-        found[0] = max(found[0], (process.memory_info().rss - before) / 1e6)
+        found[0] = max(found[0], (resident() - before) / 1e6)
 
 
-def in_new_process(module: str, *arguments: object) -> float:
-    """The number that ``python -m module`` prints last.
+def in_new_process(module: str, *arguments: object) -> list[float]:
+    """The numbers in the last line that ``python -m module`` prints.
 
     Memory is measured there: this process would use again what it had freed.
     """
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  this interpreter
-    return float(done.stdout.split()[-1])
+    return [float(number) for number in done.stdout.splitlines()[-1].split()]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from threadpoolctl import OpenBLASController, ThreadpoolController
 
-__all__ = ["Overlapping", "fork_safe", "is_this_thread", "one_thread", "this_thread"]
+__all__ = ["Overlapping", "fork_safe", "is_this_thread", "one_blas_thread", "one_thread", "this_thread"]
 
 _PROCESS = os.getpid()
 
@@ -92,7 +92,8 @@ def _limited_blas() -> Iterator[None]:
         let_go(force=True)
 
 
-_one_blas_thread = Overlapping(_limited_blas)
+#: One thread for the block in BLAS, in the whole process.
+one_blas_thread = Overlapping(_limited_blas)
 
 
 @contextmanager
@@ -103,7 +104,7 @@ def one_thread() -> Iterator[None]:
     number of cores; on small networks more threads gain nothing. BLAS's limit holds for the
     whole process.
     """
-    with _limit_of("openmp"), _one_blas_thread():
+    with _limit_of("openmp"), one_blas_thread():
         yield
 
 

@@ -129,7 +129,9 @@ class TollDetector(CarefulDetector):
 
     A ``fit`` that fails or is interrupted leaves the detector as it was. Networks of this
     package's own train on one thread of the CPU, so that the result does not depend on the number of cores,
-    and no global generator is touched.
+    and no global generator is touched. Once a process has trained for some seconds, parts of a step run in loops that
+    numba compiles in about 3 s, or loads in 0.3 s where it has kept them from an earlier process; they take 45 MB.
+    Weights and scores are the same to the last bit with them and without.
 
     Source:
         arXiv 2306.12627, section 3, and the authors' Arrhythmia network. The scaling, the members and their two

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -18,6 +19,7 @@ from toll_plugin.core.rows import Rows
 from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.model import Measure, TableMember, TableModel
 from toll_plugin.core.tables.rows import Preprocessing, TableRows
+from toll_plugin.core.tables.scaling import Floats
 from toll_plugin.core.threads import fork_safe, one_thread
 from toll_plugin.core.training.fit import train, written_out
 from toll_plugin.core.training.loop import History, OnEpoch
@@ -28,7 +30,9 @@ __all__ = ["FittedTable", "Metric", "ScoreScale", "TableSplit", "TrainedMember",
 Metric = Literal["mahalanobis", "euclidean"]
 
 #: Up to this many bytes the scaled training rows are kept; larger tables are scaled batch by batch.
-_KEPT = 1 << 23
+_KEPT = 1 << 24
+#: Up to so many bytes of residuals are in memory at once.
+_AT_ONCE = 1 << 22
 #: Rows that are scaled at a time.
 _PIECE = 256
 #: Rows that suffice to measure columns and residuals.
@@ -203,7 +207,7 @@ def fit_table(
     options = dataclasses.replace(options, input_limit=getattr(scaling, "limit", None))
     data = _kept(TableRows(x, split.training, scaling, device))
     held_out = _kept(TableRows(x, split.validation, scaling, device)) if len(split.validation) else None
-    networks = [member.network.to(device) for member in members]
+    networks = [_moved(member.network, device) for member in members]
     with one_thread() if written_out(networks) else fork_safe():
         trained = train(
             networks,
@@ -218,7 +222,7 @@ def fit_table(
         )
     found = [
         TableMember(
-            network.cpu(),
+            _moved(network, torch.device("cpu")),
             Measure() if member.gives != "latent" else None,
             Measure() if member.gives != "reconstruction" else None,
         )
@@ -229,6 +233,12 @@ def fit_table(
     measured = [_measured(model, i, x, split.measured, metric, score_scale) for i in range(len(found))]
     model = TableModel(scaling, measured, weight=score_weight, exponent=exponent, score_term=score_term)
     return FittedTable(model, trained.histories, [_on_cpu(state) for state in trained.optimizers])
+
+
+def _moved(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on ``device``; to look whether it is there is faster than to move what is."""
+    here = all(tensor.device == device for tensor in itertools.chain(network.parameters(), network.buffers()))
+    return network if here else network.to(device)
 
 
 def _on_cpu(state: Any) -> Any:
@@ -247,16 +257,21 @@ def _measured(
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _WIDE)).astype(np.int64)]
     kinds: tuple[Literal["residual", "latent"], ...] = ("residual", "latent")
     measures: list[Measure | None] = []
+    few = 8 * model.inputs * len(rows) <= _AT_ONCE
     with one_thread():
         for kind, measure in zip(kinds, member[1:], strict=True):
             found = measure
             # In a unit of its own a latent may be measured in any way; as it is, beta weighs its plain norm.
-            if found is not None and metric == "mahalanobis" and (kind == "residual" or scale == "median"):
-                found = Measure(MahalanobisNorm.of(model.vectors(i, kind, x, rows), len(rows)))
+            in_metric = metric == "mahalanobis" and (kind == "residual" or scale == "median")
+            pieces: Iterable[Floats] = ()
+            if found is not None and in_metric:
+                pieces = model.vectors(i, kind, x, rows)
+                pieces = list(pieces) if few else pieces
+                found = Measure(MahalanobisNorm.of(pieces, len(rows)))
             if found is not None and scale == "median":
-                # The vectors are computed again, since they may be more than memory should hold.
-                terms = [found.term(piece, model.exponent) for piece in model.vectors(i, kind, x, rows)]
-                found = found._replace(unit=typical(np.concatenate(terms)))
+                # Vectors that memory should not hold all at once are computed again.
+                known = pieces if in_metric and few else model.vectors(i, kind, x, rows)
+                found = found._replace(unit=typical(np.concatenate([found.term(p, model.exponent) for p in known])))
             measures.append(found)
     return TableMember(member.network, *measures)
 

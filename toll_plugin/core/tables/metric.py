@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,13 +103,13 @@ class MahalanobisNorm(NamedTuple):
         scale = 1 / (deviation * np.sqrt(_RIDGE))
         return cls(mean, scale, directions, 1 - np.sqrt(_RIDGE / (values + _RIDGE)), np.zeros((0, len(mean))))
 
-    def __call__(self, rows: Any) -> Any:
+    def __call__(self, rows: Any, product: Callable[[Any, Any], Any] = operator.matmul) -> Any:
         """Measured rows, of the shape ``(..., n)`` of ``rows``; NumPy arrays, or tensors if the attributes are."""
         rows = rows - self.mean
         if len(self.matrix):
-            return rows @ self.matrix
+            return product(rows, self.matrix)
         rows = rows * self.scale
-        return rows - (rows @ self.directions * self.shrinkage) @ self.directions.T
+        return rows - product(product(rows, self.directions) * self.shrinkage, self.directions.T)
 
     @property
     def largest(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -16,8 +17,8 @@ from toll_plugin.core.objective import ScoreTerm, TollTerms, norm_per_sample, to
 from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.rows import Preprocessing, scale_rows
 from toll_plugin.core.tables.scaling import Floats, TableScaling
-from toll_plugin.core.tables.scoring import BLOCK, FoldedAutoencoder, ModuleAutoencoder, in_blocks
-from toll_plugin.core.threads import one_thread
+from toll_plugin.core.tables.scoring import BLOCK, MANY, FoldedAutoencoder, ModuleAutoencoder, in_blocks, product
+from toll_plugin.core.threads import one_blas_thread, one_thread
 
 __all__ = ["Measure", "TableMember", "TableModel", "TableParts"]
 
@@ -41,9 +42,8 @@ class Measure(NamedTuple):
         """``rows``, whose plain norm is the term."""
         if self.norm is None:
             return rows
-        # Blocks of a fixed size, for the sake of the last bits.
-        measured: Floats = self.norm(in_blocks(rows).reshape(-1, BLOCK, rows.shape[1]))
-        return measured.reshape(-1, rows.shape[1])[: len(rows)]
+        measured: Floats = self.norm(in_blocks(rows), product)
+        return measured[: len(rows)]
 
     def term(self, rows: Floats, exponent: int) -> Floats:
         """The term of each of ``rows``, shape ``(N,)``."""
@@ -127,13 +127,15 @@ class TableModel:
         self.scaling, self.members, self.weight, self.exponent = scaling, list(members), weight, exponent
         self.score_term = score_term
         self.inputs = int(self.members[0].network.input_shape[0])  # type: ignore[index]
-        self._limit: float | None = getattr(scaling, "limit", None)
         self._runners = [
             FoldedAutoencoder(member.network)
             if isinstance(member.network, DenseAutoencoder)
             else ModuleAutoencoder(member.network)
             for member in self.members
         ]
+        self._folded = all(isinstance(runner, FoldedAutoencoder) for runner in self._runners)
+        measures = [measure for member in self.members for measure in member[1:] if measure is not None]
+        self._largest = max(part.largest for part in [*self._runners, *measures])
         needed = "latent" if score_term == "latent" else "residual"
         if all(getattr(member, needed) is None for member in self.members):
             msg = f"score_term={score_term!r} needs a member that measures its {needed}, got none"
@@ -146,11 +148,11 @@ class TableModel:
     def score(self, x: NDArray[Any]) -> Floats:
         """Anomaly scores ``(N,)`` of raw rows ``(N, n_features)``; higher is more anomalous."""
         scores = np.empty(len(x))
-        with self._computing():
-            for rows, scaled in self._chunks(x):
-                terms = self._terms(scaled)
+        with self._computing(len(x)):
+            for rows, scaled, inputs in self._chunks(x):
+                terms = self._terms(scaled, inputs)
                 scores[rows] = toll_score(terms, beta=self.weight, term=self.score_term)[: rows.stop - rows.start]
-        if not np.isfinite(scores).all():
+        if not math.isfinite(scores.sum()):
             # Rows of raw features that are so far away that double precision ends.
             np.nan_to_num(scores, copy=False, nan=_LARGEST, posinf=_LARGEST)
         return scores
@@ -158,18 +160,19 @@ class TableModel:
     def parts(self, x: NDArray[Any]) -> TableParts:
         """What the scores are made of, see :class:`TableParts`."""
         found: list[TableParts] = []
-        with self._computing():
-            for rows, scaled in self._chunks(x):
+        with self._computing(len(x)):
+            for rows, scaled, inputs in self._chunks(x):
                 contributions: list[Floats] = []
-                terms = self._terms(scaled, contributions)
+                terms = self._terms(scaled, inputs, contributions)
                 parts = (*terms, np.mean(contributions, axis=0) if contributions else np.zeros_like(scaled))
                 n = rows.stop - rows.start
                 found.append(TableParts(*(np.nan_to_num(part[:n], nan=_LARGEST) for part in parts)))
         return TableParts(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
-    def _terms(self, scaled: Floats, contributions: list[Floats] | None = None) -> TollTerms[NDArray[Any]]:
+    def _terms(
+        self, scaled: Floats, inputs: Floats, contributions: list[Floats] | None = None
+    ) -> TollTerms[NDArray[Any]]:
         """Both terms of scaled rows, means over the members that give them; each one's contributions are added."""
-        inputs = self._clipped(scaled)
         errors, norms = [], []
         for member, run in zip(self.members, self._runners, strict=True):
             reconstruction, latent = run(inputs, decode=member.residual is not None)
@@ -185,10 +188,8 @@ class TableModel:
     def latent(self, x: NDArray[Any]) -> Floats:
         """Latents of the first member that gives a latent term, shape ``(N, latent_dim)``."""
         first = next((i for i, member in enumerate(self.members) if member.latent is not None), 0)
-        with self._computing():
-            chunks = [
-                (rows, self._runners[first](self._clipped(scaled), decode=False)[1]) for rows, scaled in self._chunks(x)
-            ]
+        with self._computing(len(x)):
+            chunks = [(rows, self._runners[first](inputs, decode=False)[1]) for rows, _, inputs in self._chunks(x)]
         return np.concatenate([latent[: rows.stop - rows.start] for rows, latent in chunks])
 
     def vectors(
@@ -196,37 +197,41 @@ class TableModel:
     ) -> Iterator[Floats]:
         """Residuals or latents of the rows at ``index`` before they are measured, in pieces ``(n, ...)``."""
         run = self._runners[member]
-        with self._computing():
-            for rows, scaled in self._chunks(x, index):
-                reconstruction, latent = run(self._clipped(scaled), decode=kind == "residual")
+        with self._computing(len(index)):
+            for rows, scaled, inputs in self._chunks(x, index):
+                reconstruction, latent = run(inputs, decode=kind == "residual")
                 vectors = latent if reconstruction is None or kind == "latent" else scaled - reconstruction
                 yield vectors[: rows.stop - rows.start]
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
+    def _computing(self, count: int) -> AbstractContextManager[object]:
         """Silence about what overflows, and one thread where more would change the last bits."""
-        measures = [measure for member in self.members for measure in member[1:] if measure is not None]
-        largest = max(runner.largest for runner in [*self._runners, *measures])
-        threads = one_thread() if largest > _ONE_THREAD else nullcontext()
-        with threads, np.errstate(over="ignore", invalid="ignore"):
-            yield
+        silence = np.errstate(over="ignore", invalid="ignore")
+        if count < MANY and self._largest <= _ONE_THREAD:
+            return silence
+        both = ExitStack()
+        both.enter_context(one_blas_thread() if self._folded else one_thread())
+        both.enter_context(silence)
+        return both
 
-    def _chunks(self, x: NDArray[Any], index: NDArray[np.int64] | None = None) -> Iterator[tuple[slice, Floats]]:
+    def _chunks(
+        self, x: NDArray[Any], index: NDArray[np.int64] | None = None
+    ) -> Iterator[tuple[slice, Floats, Floats]]:
+        """Which rows, scaled rows, and what the networks see of them; zeros at the end fill the last block."""
         count = len(x) if index is None else len(index)
         size = max(BLOCK, min(512, (_CHUNK - 1) // self.inputs))
+        if size > MANY or self._folded:
+            size = max(size // MANY, 1) * MANY
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
             raw = x[rows] if index is None else x[index[rows]]
-            if not isinstance(self.scaling, TableScaling):
+            if isinstance(self.scaling, TableScaling):
+                scaled, inputs = self.scaling.transform_and_clip(raw)
+            else:
                 # Always as many rows: what a transformer computes may depend on their number, as products do.
                 raw = np.concatenate([raw, np.repeat(raw[-1:], size - len(raw), axis=0)])
-            yield rows, in_blocks(scale_rows(self.scaling, raw)[: rows.stop - start])
-
-    def _clipped(self, scaled: Floats) -> Floats:
-        """What the networks see."""
-        if self._limit is None or max(scaled.max(), -scaled.min()) <= self._limit:
-            return scaled
-        return scaled.clip(-self._limit, self._limit)
+                scaled = inputs = scale_rows(self.scaling, raw)[: rows.stop - start]
+            whole = in_blocks(scaled)
+            yield rows, whole, whole if inputs is scaled else in_blocks(inputs)
 
 
 def _mean(terms: list[Floats], count: int) -> Floats:

@@ -1,9 +1,9 @@
 """Several dense autoencoders trained at once, by a forward and a backward pass written out in NumPy.
 
 On tables the networks are so small that autograd's bookkeeping, and even torch's calls, cost
-more than the arithmetic. Here the weights of M equal networks lie in one buffer, so each layer of
-all of them is one product and an optimiser steps on one tensor. Samples lie along the last axis,
-``(M, features, N)``, so that the sums of a BatchNorm run over contiguous memory.
+more than the arithmetic. Here the weights of M equal networks lie in one buffer, so an optimiser
+steps on one tensor, and the features of all members lie side by side, ``(N, M * features)``, so that
+what is done to each feature by itself is done to all members at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing_extensions import override
 from toll_plugin.core.modes import evaluating
 from toll_plugin.core.networks import DenseAutoencoder, blocks
 from toll_plugin.core.objective import TollLoss, TollTerms, terms_of_residual
-from toll_plugin.core.training.batch_norm import Array, Norm, NormTrace, Weights
+from toll_plugin.core.training.batch_norm import Array, Dropout, Norm, NormTrace, Weights
 from toll_plugin.core.training.learners import Learner
 from toll_plugin.core.training.optimizers import MakeOptimizer
 
@@ -39,13 +39,43 @@ class _Layer(NamedTuple):
     dropout: float
 
 
+class _Room(NamedTuple):
+    """Arrays of one layer's passes, ``(N, M * outputs)``, and the same memory by member, ``(M, N, outputs)``.
+
+    Steps use them again: to be given new ones by the system, and to look at them in another way, takes longer than
+    to fill them.
+
+    Attributes:
+        product: The linear layer's output, which a BatchNorm normalises in place.
+        output: What the next layer gets.
+        slope: Gradient of ``output``.
+        mask: Of a dropout; of no rows if there is none.
+        by_member: The first three, by member.
+    """
+
+    product: Array
+    output: Array
+    slope: Array
+    mask: Array
+    by_member: tuple[Array, Array, Array]
+
+    @classmethod
+    def of(cls, layer: _Layer, count: int) -> _Room:
+        members, outputs, _ = layer.weight.value.shape
+        shape, dtype = (count, members * outputs), layer.weight.value.dtype
+        product, slope = np.empty(shape, dtype), np.empty(shape, dtype)
+        output = product if layer.norm is None else np.empty(shape, dtype)
+        views = [array.reshape(count, members, outputs).swapaxes(0, 1) for array in (product, output, slope)]
+        mask = np.empty(shape if layer.dropout else (0, shape[1]), dtype)
+        return cls(product, output, slope, mask, (views[0], views[1], views[2]))
+
+
 class _Trace(NamedTuple):
-    """What one layer's forward pass leaves for its backward pass."""
+    """What one layer's forward pass leaves for its backward pass, beside what is in its room."""
 
     inputs: Array
     norm: NormTrace | None
-    output: Array
-    mask: Array | None
+    dropout: Dropout | None
 
 
 class DenseEnsemble(nn.Module):
@@ -83,7 +113,7 @@ class DenseEnsemble(nn.Module):
         self.networks = list(networks)  # a list, so that their parameters are not this module's
         # NumPy draws masks much faster than torch does.
         seed = torch.randint(2**62, (), generator=generator) if any(_dropout(networks[0])) else torch.zeros(())
-        self._random = np.random.Generator(np.random.SFC64(int(seed)))
+        self._random = np.random.SFC64(int(seed))
         self.members = len(networks)
         self.input_shape = networks[0].input_shape
         size = self.members * sum(math.prod(shape) for _, shape in shapes[0])
@@ -95,6 +125,7 @@ class DenseEnsemble(nn.Module):
         self._layers = [self._join(layer) for layer in zip(*members, strict=True)]
         self._latent = len(blocks(networks[0].encoder)) - 1
         self._traces: list[_Trace] = []
+        self._rooms: dict[int, list[_Room]] = {}
 
     def _join(self, members: Sequence[list[nn.Module]]) -> _Layer:
         """One layer from the members' modules, ``members[m] = [linear, norm?, relu?, dropout?]``."""
@@ -110,7 +141,8 @@ class DenseEnsemble(nn.Module):
                 self.register_buffer(f"mean{len(list(self.buffers()))}", mean)
                 self.register_buffer(f"variance{len(list(self.buffers()))}", variance)
                 scale, shift = (self._take([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
-                norm = Norm(scale, shift, mean.numpy(), variance.numpy(), first.momentum or 0.1, first.eps)
+                statistics = (mean.numpy().reshape(-1), variance.numpy().reshape(-1))
+                norm = Norm(scale.flat(), shift.flat(), *statistics, first.momentum or 0.1, first.eps)
             elif isinstance(first, nn.Dropout):
                 dropout = first.p
         return _Layer(weight, bias, norm, bool(rest), dropout)
@@ -125,66 +157,81 @@ class DenseEnsemble(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return reconstructions and latents, without gradients."""
-        reconstruction, latent = (torch.from_numpy(array).mT for array in self.run(x.numpy()))
+        reconstruction, latent = (torch.from_numpy(array.copy()).transpose(0, 1) for array in self.run(x.numpy()))
         return reconstruction, latent
 
     def run(self, x: Array) -> tuple[Array, Array]:
-        """Reconstructions ``(M, n_features, N)`` and latents ``(M, latent_dim, N)`` of rows ``(N, n_features)``.
+        """Reconstructions ``(N, M, n_features)`` and latents ``(N, M, latent_dim)`` of rows ``(N, n_features)``.
 
-        In training mode, what :meth:`backward` needs is kept.
+        In training mode, what :meth:`backward` needs is kept. The next call overwrites what is returned.
         """
         self._traces.clear()
-        a = latent = x.T
-        for i, layer in enumerate(self._layers):
-            inputs, norm, mask = a, None, None
-            a = _product(layer.weight.value, a)
-            if layer.norm is None:
-                a += layer.bias.value[:, :, None]
+        rooms, inputs = self._rooms_of(len(x)), x
+        for i, (layer, room) in enumerate(zip(self._layers, rooms, strict=True)):
+            if i == 0:  # one product for all members, which share their input
+                np.matmul(x, layer.weight.value.reshape(-1, x.shape[1]).T, out=room.product)
             else:
-                a, norm = layer.norm.forward(a, training=self.training and len(x) > 1)
-            if layer.hidden:
-                np.maximum(a, 0, out=a)
-            if layer.dropout and self.training:
-                mask = self._mask(a, layer.dropout)
-                a *= mask
-            if i == self._latent:
-                latent = a
-            if self.training:
-                self._traces.append(_Trace(inputs, norm, a, mask))
-        return a, latent
+                inputs = rooms[i - 1].by_member[1]
+                np.matmul(inputs, layer.weight.value.swapaxes(1, 2), out=room.by_member[0])
+            self._traces.append(_Trace(inputs, *self._activate(layer, room)))
+        shape = (len(x), self.members, -1)
+        return rooms[-1].output.reshape(shape), rooms[self._latent].output.reshape(shape)
 
-    def _mask(self, like: Array, dropout: float) -> Array:
-        drawn = self._random.random(like.shape, dtype=np.float32)
-        return np.multiply(drawn >= dropout, 1 / (1 - dropout), dtype=like.dtype)
+    def _rooms_of(self, count: int) -> list[_Room]:
+        if count not in self._rooms:
+            while len(self._rooms) >= _SIZES:
+                del self._rooms[next(iter(self._rooms))]
+            self._rooms[count] = [_Room.of(layer, count) for layer in self._layers]
+        return self._rooms[count]
+
+    def _activate(self, layer: _Layer, room: _Room) -> tuple[NormTrace | None, Dropout | None]:
+        """From a layer's product to its output."""
+        dropout, norm = None, None
+        if layer.dropout and self.training:
+            dropout = Dropout.draw(layer.dropout, room.mask, self._random)
+        if layer.norm is not None:
+            own = self.training and len(room.product) > 1
+            norm = layer.norm.forward(room.product, room.output, training=own, dropout=dropout)
+        else:
+            room.output[...] += layer.bias.value.reshape(-1)
+            if layer.hidden:
+                np.maximum(room.output, 0, out=room.output)
+            if dropout is not None:
+                dropout.apply(room.output)
+        return norm, dropout
 
     def backward(self, d_reconstruction: Array, d_latent: Array) -> None:
         """Set ``flat.grad`` from the gradients of what the last :meth:`run` in training mode returned."""
-        d = np.array(d_reconstruction, order="C")
-        for i, (layer, trace) in reversed(list(enumerate(zip(self._layers, self._traces, strict=True)))):
+        count = len(d_reconstruction)
+        rooms = self._rooms[count]
+        rooms[-1].slope[...] = d_reconstruction.reshape(count, -1)
+        for i in reversed(range(len(self._layers))):
+            layer, room, trace = self._layers[i], rooms[i], self._traces[i]
+            d = room.slope
             if i == self._latent:
-                d += d_latent
-            if trace.mask is not None:
-                d *= trace.mask
-            if layer.hidden:
-                # Where dropout made the output zero, the mask made the gradient zero as well.
-                d *= trace.output > 0
-            if layer.norm is None or trace.norm is None:
-                np.add.reduce(d, axis=2, out=layer.bias.gradient)
+                d += d_latent.reshape(count, -1)
+            if layer.norm is not None and trace.norm is not None:
+                layer.norm.backward(d, trace.norm)
             else:
-                d = layer.norm.backward(d, trace.norm)
-            if i:
-                np.matmul(d, trace.inputs.swapaxes(1, 2), out=layer.weight.gradient)
-                d = np.matmul(layer.weight.value.swapaxes(1, 2), d)
+                if trace.dropout is not None:
+                    d *= trace.dropout.mask
+                if layer.hidden:
+                    d *= room.output > 0
+                np.add.reduce(d, axis=0, out=layer.bias.gradient.reshape(-1))
+            if i == 0:
+                np.matmul(d.T, trace.inputs, out=layer.weight.gradient.reshape(d.shape[1], -1))
             else:
-                rows = d.reshape(-1, d.shape[2])
-                np.matmul(rows, trace.inputs.T, out=layer.weight.gradient.reshape(len(rows), -1))
+                members = room.by_member[2]
+                np.matmul(members.swapaxes(1, 2), trace.inputs, out=layer.weight.gradient)
+                np.matmul(members, layer.weight.value, out=rooms[i - 1].by_member[2])
 
     def member_tensors(self) -> Iterator[Tensor]:
         """Every weight and statistic, each ``(M, *)``; writing to them changes the ensemble."""
         for layer in self._layers:
             arrays = [layer.weight.value, layer.bias.value]
             if layer.norm is not None:
-                arrays += [layer.norm.scale.value, layer.norm.shift.value, layer.norm.mean, layer.norm.variance]
+                norm = layer.norm
+                arrays += [a.reshape(self.members, -1) for a in (norm.scale.value, norm.shift.value, *norm[2:4])]
             yield from map(torch.from_numpy, arrays)
 
     @torch.no_grad()
@@ -196,23 +243,20 @@ class DenseEnsemble(nn.Module):
                 _copy(linear, weight=layer.weight.value[m], bias=layer.bias.value[m])
                 for norm in rest:
                     if isinstance(norm, nn.BatchNorm1d) and layer.norm is not None:
-                        _copy(norm, weight=layer.norm.scale.value[m], bias=layer.norm.shift.value[m])
-                        mean = layer.norm.mean[m] + layer.bias.value[m]
-                        _copy(norm, running_mean=mean, running_var=layer.norm.variance[m])
+                        scale, shift, mean, variance = (
+                            array.reshape(self.members, -1)[m]
+                            for array in (layer.norm.scale.value, layer.norm.shift.value, *layer.norm[2:4])
+                        )
+                        _copy(norm, weight=scale, bias=shift)
+                        _copy(norm, running_mean=mean + layer.bias.value[m], running_var=variance)
+
+
+#: For so many numbers of samples arrays are kept: a batch and the last one of an epoch, in training and evaluation.
+_SIZES = 4
 
 
 def _dropout(network: nn.Module) -> Iterator[float]:
     return (module.p for module in network.modules() if isinstance(module, nn.Dropout))
-
-
-def _product(weight: Array, a: Array) -> Array:
-    """``weight @ a``, in one product for all members where they share their input."""
-    if a.ndim == 3:
-        product: Array = np.matmul(weight, a)
-        return product
-    members, outputs, inputs = weight.shape
-    shared: Array = np.matmul(weight.reshape(-1, inputs), a).reshape(members, outputs, -1)
-    return shared
 
 
 def _copy(module: nn.Module, **values: Array) -> None:
@@ -247,10 +291,9 @@ class DenseLearner(Learner):
 
     def _terms(self, residual: Array, latent: Array) -> TollTerms[Array]:
         """The terms of all members' samples, ``(M, N)``."""
-        # The samples first, one member after the other, since sums run along contiguous memory.
-        rows = [np.ascontiguousarray(array.swapaxes(1, 2)).reshape(-1, array.shape[1]) for array in (residual, latent)]
-        terms = terms_of_residual(rows[0], rows[1], exponent=self.losses[0][1].exponent)
-        return TollTerms(*(term.reshape(self.members, -1) for term in terms))
+        rows = (array.reshape(-1, array.shape[2]) for array in (residual, latent))
+        terms = terms_of_residual(*rows, exponent=self.losses[0][1].exponent)
+        return TollTerms(*(np.ascontiguousarray(term.reshape(-1, self.members).T) for term in terms))
 
     def _slopes(self, terms: TollTerms[Array]) -> tuple[Array, Array]:
         found = [loss.slopes(TollTerms(*(term[which] for term in terms))) for which, loss in self.losses]
@@ -258,18 +301,20 @@ class DenseLearner(Learner):
         return a, b
 
     @override
-    @torch.no_grad()
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         residual, latent = self.ensemble.run(inputs.numpy())
         x: Array = targets.numpy()
-        residual -= x.T
+        residual -= x[:, None]
         terms = self._terms(residual, latent)
         # Divided by the samples of one member: each has its own weights, so their gradients do not mix.
-        a, b = (slope[:, None] / len(x) for slope in self._slopes(terms))
+        a, b = ((slope / len(x)).T[:, :, None] for slope in self._slopes(terms))
         residual *= a
         self.ensemble.backward(residual, latent * b)
-        means = [np.add.reduce(term, axis=1) / len(x) for term in terms]
-        return torch.from_numpy(np.stack(means))
+        means = np.empty((len(terms), self.members), x.dtype)
+        for mean, term in zip(means, terms, strict=True):
+            np.add.reduce(term, axis=1, out=mean)
+        means /= len(x)
+        return torch.from_numpy(means)
 
     @override
     def update(self) -> None:
@@ -290,7 +335,7 @@ class DenseLearner(Learner):
     def terms(self, inputs: Tensor, targets: Tensor) -> TollTerms[Tensor]:
         with evaluating(self.ensemble):
             reconstruction, latent = self.ensemble.run(inputs.numpy())
-            terms = self._terms(reconstruction - targets.numpy().T, latent)
+            terms = self._terms(reconstruction - targets.numpy()[:, None], latent)
         return TollTerms(*(torch.from_numpy(term) for term in terms))
 
     @override

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim.adam import adam
 
 from toll_plugin.core.checks import check_finite_float, check_integer, check_option
 
@@ -29,34 +28,34 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class _Adam:
-    """torch's Adam for one parameter, by its functional form: a step of the class costs more than the arithmetic."""
+    """torch's Adam for one parameter, by the call at its bottom: what lies above it costs more than the arithmetic."""
 
     def __init__(self, parameter: nn.Parameter, lr: float) -> None:
         self._parameter, self.lr = parameter, lr
-        self._first, self._second = torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach())
+        self._value = parameter.detach()  # the same memory, which no gradient flows through
+        self._first, self._second = torch.zeros_like(self._value), torch.zeros_like(self._value)
         self._steps = torch.zeros(())
 
     def zero_grad(self) -> None:
         self._parameter.grad = None
 
-    @torch.no_grad()
     def step(self) -> None:
         if self._parameter.grad is None:
             return
-        adam(
-            [self._parameter],
+        self._steps += 1
+        torch._fused_adam_(
+            [self._value],
             [self._parameter.grad],
             [self._first],
             [self._second],
             [],
             [self._steps],
-            fused=True,
-            amsgrad=False,
+            lr=self.lr,
             beta1=0.9,
             beta2=0.999,
-            lr=self.lr,
             weight_decay=0.0,
             eps=1e-8,
+            amsgrad=False,
             maximize=False,
         )
 
