@@ -6,13 +6,17 @@ from toll_plugin.pyod.detector import TollDetector
 from toll_plugin.pyod.engine import register
 from toll_plugin.pyod.explanation import Explanation
 from toll_plugin.pyod.mixin import TargetedCollapseMixin
+from toll_plugin.pyod.scale.batches import BatchScorer
+from toll_plugin.pyod.scale.parquet import Parquet
 
 __all__ = [
+    "BatchScorer",
     "CollapsedAE1SVM",
     "CollapsedAutoEncoder",
     "CollapsedDeepSVDD",
     "CollapsedVAE",
     "Explanation",
+    "Parquet",
     "TargetedCollapseMixin",
     "TollDetector",
     "register",

@@ -36,6 +36,7 @@ from toll_plugin.pyod.base import CURVES, CarefulDetector
 from toll_plugin.pyod.explanation import Explanation, plot_history, plot_latent
 from toll_plugin.pyod.onnx import to_onnx
 from toll_plugin.pyod.persistence import load, save
+from toll_plugin.pyod.scale.pieces import by_pieces
 from toll_plugin.pyod.validation import check_contamination, check_device, check_finite, check_table, seed_of
 
 if TYPE_CHECKING:
@@ -410,11 +411,13 @@ class TollDetector(CarefulDetector):
 
     # -- scoring -------------------------------------------------------------------------------
 
+    @by_pieces
     def decision_function(self, X: Any) -> Floats:  # noqa: N803
         """Anomaly scores ``(N,)`` of rows ``(N, n_features)``; higher is more anomalous."""
         self._check_fitted()
         return self._model.score(self._table(X))
 
+    @by_pieces
     def explain(self, X: Any) -> Explanation:  # noqa: N803
         """What each row's score is made of, see :class:`toll_plugin.pyod.Explanation`."""
         self._check_fitted()
@@ -432,12 +435,12 @@ class TollDetector(CarefulDetector):
                 names = [f"input {i}" for i in range(self._model.inputs)]
         return [str(name) for name in names]
 
-    def _table(self, x: Any) -> NDArray[Any]:
+    def _table(self, x: Any, first: int = 0) -> NDArray[Any]:
         # scikit-learn's check takes longer than scoring a row. It is needed for everything but plain arrays.
         plain = type(x) is np.ndarray and x.ndim == 2 and x.dtype in _PLAIN and len(x) > 0
         if not plain or x.shape[1] != self.n_features_in_ or hasattr(self, "feature_names_in_"):
-            return check_table(self, x, reset=False)
-        check_finite(x, None)
+            return check_table(self, x, reset=False, first=first)
+        check_finite(x, None, first)
         table: NDArray[Any] = x
         return table
 
