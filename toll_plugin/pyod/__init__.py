@@ -8,6 +8,7 @@ from toll_plugin.pyod.explanation import Explanation
 from toll_plugin.pyod.mixin import TargetedCollapseMixin
 from toll_plugin.pyod.scale.batches import BatchScorer
 from toll_plugin.pyod.scale.parquet import Parquet
+from toll_plugin.pyod.scale.scoring import ScoredParquet, score_parquet
 
 __all__ = [
     "BatchScorer",
@@ -17,9 +18,11 @@ __all__ = [
     "CollapsedVAE",
     "Explanation",
     "Parquet",
+    "ScoredParquet",
     "TargetedCollapseMixin",
     "TollDetector",
     "register",
+    "score_parquet",
 ]
 
 publish(__name__)

@@ -44,7 +44,7 @@ def check_table(estimator: Any, x: Any, *, reset: bool, minimum: int = 1, first:
         ValueError: If ``x`` is empty, of the wrong shape, holds NaN, infinity or what is no number, or its columns
             are not those of the fit.
     """
-    check_cells(x, first)
+    check_cells(x, first, None if reset else getattr(estimator, "feature_names_in_", None))
     table = check_columns(estimator, x, reset=reset, minimum=minimum)
     check_finite(table, getattr(estimator, "feature_names_in_", None), first)
     return table
@@ -85,8 +85,8 @@ def check_finite(table: NDArray[Any], names: NDArray[Any] | None, first: int = 0
         raise ValueError(msg)
 
 
-def check_cells(x: Any, first: int = 0) -> None:
-    """Refuse columns of a DataFrame that hold something else than numbers.
+def check_cells(x: Any, first: int = 0, names: NDArray[Any] | None = None) -> None:
+    """Refuse columns of a DataFrame that hold something else than numbers; of those in ``names``, if they are known.
 
     Raises:
         ValueError: With the first such row, counted from ``first``, and its column.
@@ -96,7 +96,7 @@ def check_cells(x: Any, first: int = 0) -> None:
     import pandas as pd  # noqa: PLC0415  whoever has arrays need not load it
 
     for i, (name, kind) in enumerate(zip(x.columns, x.dtypes, strict=True)):
-        if pd.api.types.is_numeric_dtype(kind):
+        if pd.api.types.is_numeric_dtype(kind) or (names is not None and name not in names):
             continue
         cells = x.iloc[:, i].astype(object)
         numbers = pd.to_numeric(cells, errors="coerce")

@@ -17,7 +17,7 @@ from toll_plugin.pyod.validation import check_columns, located
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BatchScorer", "as_frame", "lean"]
+__all__ = ["BatchScorer", "Errors", "as_frame", "lean"]
 
 Errors = Literal["raise", "flag"]
 
@@ -31,7 +31,7 @@ class BatchScorer:
 
     Args:
         detector: Fitted.
-        keys: Columns that are no features and go over to the result as they are, such as an identifier.
+        keys: Columns that go over to the result as they are, such as an identifier.
         errors: ``"raise"`` (default), or ``"flag"``: rows with a value that is missing, infinite or no number
             get the score NaN. Missing and unknown columns are always an error.
 
@@ -75,8 +75,13 @@ class BatchScorer:
         if lost:
             msg = f"keys must be columns of the batch, which has no {lost}, only {list(frame.columns)[:20]}"
             raise ValueError(msg)
-        scores = self.scores(frame.drop(columns=self.keys))
+        scores = self.scores(frame[self.features(frame.columns)])
         return frame[self.keys].assign(score=scores)
+
+    def features(self, columns: Iterable[Any]) -> list[Any]:
+        """The columns that are features: all but the keys, and those keys that the detector was fitted on."""
+        names = getattr(self.detector, "feature_names_in_", ())
+        return [column for column in columns if column not in self.keys or column in names]
 
     def each(self, batches: Iterable[Any]) -> Iterator[pd.DataFrame]:
         """The result of each batch, one after another, as Spark's ``mapInPandas`` wants it."""

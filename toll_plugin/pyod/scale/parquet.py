@@ -115,10 +115,6 @@ class Parquet(Pieces):
             raise ValueError(msg)
         self._every = columns is None
 
-    def with_columns(self, columns: Sequence[str]) -> Parquet:
-        """The same rows with other columns."""
-        return Parquet(self.dataset, columns=columns, where=self.where)
-
     def partitions(self, keys: Sequence[str] = ()) -> list[Partition]:
         """The files, each cut between groups of rows where it has many; ``keys`` are read beside the columns."""
         found: list[Partition] = []
@@ -145,8 +141,9 @@ class Parquet(Pieces):
             what = f"has no column {lost}" if lost else f"has columns that the first file has not: {more}"
             msg = f"{partition.place} {what}"
             raise ValueError(msg)
-        # All of the data set's columns, for the predicate may name others.
-        return pa.schema([own.field(name) if name in own.names else whole.field(name) for name in whole.names])
+        # All of the data set's columns, for the predicate may name others; keys have one type in all partitions.
+        typed = [own.field(n) if n in own.names and n not in keys else whole.field(n) for n in whole.names]
+        return pa.schema(typed)
 
     def counts(self) -> list[int]:
         """Rows of each partition."""
