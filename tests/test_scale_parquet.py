@@ -79,7 +79,7 @@ def test_predicates_and_features_that_are_keys(detector, source, expected, tmp_p
     np.testing.assert_array_equal(scores["score"], expected["score"][:300])
 
 
-def test_partitions_without_rows_are_written(detector, source, tmp_path):
+def test_partitions_without_rows_are_written(detector, tmp_path):
     rows = tmp_path / "rows"
     rows.mkdir()
     for i, frame in enumerate((FRAME[:0], FRAME[:10], FRAME[:0])):
@@ -150,7 +150,7 @@ def test_killed_before_anything_was_written(detector, source, tmp_path):
     assert not list((tmp_path / "scores").glob(".*"))
 
 
-def test_a_full_disk_loses_nothing(detector, source, expected, tmp_path):
+def test_a_full_disk_loses_nothing(detector, expected, tmp_path):
     target = tmp_path / "scores"
     small, big = FRAME[:100], pd.concat([FRAME] * 4)
     rows = tmp_path / "rows"
@@ -245,7 +245,7 @@ def test_two_workers_write_what_one_process_does(detector, source, client, tmp_p
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_an_error_of_a_worker_names_the_row(detector, source, client, tmp_path):
+def test_an_error_of_a_worker_names_the_row(detector, client, tmp_path):
     frame = FRAME.copy()
     frame.loc[7, "b"] = np.nan
     frame.to_parquet(tmp_path / "rows.parquet", index=False)
@@ -262,7 +262,7 @@ def test_a_worker_with_other_versions(detector, source, client, tmp_path, monkey
         score_parquet(detector, source, tmp_path / "scores", keys=KEYS, client=client, progress=False)
 
 
-def test_a_lost_worker(detector, source, client, expected, tmp_path):
+def test_a_lost_worker(detector, client, expected, tmp_path):
     frame = pd.concat([FRAME] * 5, ignore_index=True)
     rows = tmp_path / "rows"
     rows.mkdir()

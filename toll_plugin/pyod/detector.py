@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from toll_plugin.core.checks import check_integer, check_option
 from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
 from toll_plugin.core.objective import Beta, ScoreTerm, TollLoss, check_score_weight
+from toll_plugin.core.rows import random_order
+from toll_plugin.core.tables.distant import DistantTable, Table
 from toll_plugin.core.tables.fit import (
     FittedTable,
     Metric,
@@ -36,13 +38,16 @@ from toll_plugin.pyod.base import CURVES, CarefulDetector
 from toll_plugin.pyod.explanation import Explanation, plot_history, plot_latent
 from toll_plugin.pyod.onnx import to_onnx
 from toll_plugin.pyod.persistence import load, save
-from toll_plugin.pyod.scale.pieces import by_pieces
+from toll_plugin.pyod.scale.pieces import by_pieces, pieces_of
 from toll_plugin.pyod.validation import check_contamination, check_device, check_finite, check_table, seed_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["TollDetector"]
+
+#: Bytes that rows of data in pieces may take at a time.
+MEMORY = 1 << 28
 
 
 class TollDetector(CarefulDetector):
@@ -113,7 +118,8 @@ class TollDetector(CarefulDetector):
         verbose: 0 (default) silent, 1 a progress bar, 2 a line per epoch.
 
     Attributes:
-        decision_scores_: Scores of the training rows, equal to ``decision_function`` of them.
+        decision_scores_: Scores of the training rows, equal to ``decision_function`` of them; of data in pieces see
+            :meth:`fit`.
         threshold_: Score above which a row is labelled 1.
         labels_: 0 or 1 for each training row.
         history_: Curves per epoch, means over the members: ``total``, ``reconstruction``, ``latent``
@@ -214,10 +220,27 @@ class TollDetector(CarefulDetector):
     # -- fitting -------------------------------------------------------------------------------
 
     @torch.inference_mode(mode=False)
-    def fit(self, X: Any, y: Any = None) -> TollDetector:  # noqa: ARG002, N803  scikit-learn's signature
-        """Train on ``X``, rows ``(N, n_features)``, N at least 2; ``y`` is ignored."""
+    def fit(self, X: Any, y: Any = None, *, memory: int = MEMORY) -> TollDetector:  # noqa: ARG002, N803
+        """Train on rows.
+
+        Data that come in pieces (:class:`Parquet` or a path, a Dask DataFrame or Array, an iterator of batches) are
+        read into memory if they fit there, else in passes of which each fetches as many rows as ``memory``
+        holds. Either way the networks learn the same rows in the same order as from one table, so that the result is
+        the same, bit for bit, on any number of partitions and workers. The default parameters take three passes
+        over data of any size; an ``epochs`` over data that do not fit takes as many passes as they are times
+        larger than half the memory. Of more than 1 000 000 rows that do not fit, so many are drawn, by
+        the seed, for ``decision_scores_``, ``labels_`` and the threshold.
+
+        Args:
+            X: Rows ``(N, n_features)``, N at least 2: array, DataFrame, nested list, or data in pieces.
+            y: Ignored.
+            memory: Bytes that rows of data in pieces may take at a time. Default 256 MiB.
+
+        Raises:
+            ValueError: If a value, a column or a parameter is wrong; of data in pieces with partition, row and column.
+        """
         new = copy.copy(self)
-        table = new._checked(X, reset=True)
+        table = new._checked(X, reset=True, memory=memory)
         options = new._options(self.epochs, self.max_steps, self.patience)
         generator = torch.Generator().manual_seed(seed_of(self.random_state))
         split = hold_out(len(table), self.validation_fraction, generator)
@@ -225,10 +248,12 @@ class TollDetector(CarefulDetector):
             msg = f"patience needs rows held out: validation_fraction must be more than 0, got {len(table)} rows and "
             msg += f"validation_fraction={self.validation_fraction!r}"
             raise ValueError(msg)
+        if isinstance(table, DistantTable):
+            table.keep(split.measured)
         scaling = new._fit_scaling(table, split.measured)
-        networks = new._build_networks(scale_rows(scaling, table[:1]).shape[1], generator)
+        networks = new._build_networks(scale_rows(scaling, table[split.measured[:1]]).shape[1], generator)
         fitted = new._train(table, split, scaling, networks, options, generator)
-        new._take(fitted, table, {})
+        new._take(fitted, table, {}, generator)
         new._stream = None
         self.__dict__ = new.__dict__
         return self
@@ -275,7 +300,7 @@ class TollDetector(CarefulDetector):
         optimizer = (self.optimizer, self.lr)
         states = stream.states if stream.optimizer == optimizer else []
         fitted = new._train(rows, split, scaling, networks, options, generator, states)
-        new._take(fitted, piece, {} if first else self.history_)
+        new._take(fitted, piece, {} if first else self.history_, generator)
         seen = stream.seen + len(piece)
         new._stream = _Stream(
             rows[split.measured], seen, stream.whole, fitted.optimizers, optimizer, generator.get_state()
@@ -283,9 +308,11 @@ class TollDetector(CarefulDetector):
         self.__dict__ = new.__dict__
         return self
 
-    def _checked(self, x: Any, *, reset: bool) -> NDArray[Any]:
+    def _checked(self, x: Any, *, reset: bool, memory: int = MEMORY) -> Table:
         """The rows to train on, and the parameters that no later step looks at."""
-        table = check_table(self, x, reset=reset, minimum=2)
+        pieces = pieces_of(x)
+        check_integer("memory", memory, minimum=1)
+        table = check_table(self, x, reset=reset, minimum=2) if pieces is None else pieces.table(self, memory)
         self._thresholder = check_contamination(self.contamination)
         self._collapsed()
         check_option("score_term", self.score_term, get_args(ScoreTerm))
@@ -313,7 +340,7 @@ class TollDetector(CarefulDetector):
 
     def _train(
         self,
-        table: NDArray[Any],
+        table: Table,
         split: TableSplit,
         scaling: Preprocessing,
         networks: list[nn.Module],
@@ -368,17 +395,24 @@ class TollDetector(CarefulDetector):
     def _score_weight(self) -> float:
         return check_score_weight(self.score_weight, beta=self.beta, score_scale=self.score_scale)
 
-    def _take(self, fitted: FittedTable, table: NDArray[Any], before: Mapping[str, Floats]) -> None:
+    def _take(
+        self, fitted: FittedTable, table: Table, before: Mapping[str, Floats], generator: torch.Generator
+    ) -> None:
         """Set what a fit leaves on the detector; ``before`` are the curves that the new ones go on from."""
         self._model = fitted.model
         curves = _mean_curves(fitted.histories)
         done = len(before.get("total", ()))
         self.history_ = {name: np.concatenate([before.get(name, new[:0]), new]) for name, new in curves.items()}
         self.best_epoch_ = [done + history.best_epoch for history in fitted.histories]
-        self.decision_scores_ = fitted.model.score(table)
+        if isinstance(table, DistantTable):
+            scored = np.sort(random_order(len(table), _SCORED, generator).numpy())
+            pieces = table.batches(np.array_split(scored, -(-len(scored) // _PIECE)))
+            self.decision_scores_ = np.concatenate([fitted.model.score(piece) for piece in pieces])
+        else:
+            self.decision_scores_ = fitted.model.score(table)
         self._label()
 
-    def _fit_scaling(self, table: NDArray[Any], rows: NDArray[np.int64]) -> Preprocessing:
+    def _fit_scaling(self, table: Table, rows: NDArray[np.int64]) -> Preprocessing:
         if isinstance(self.preprocessing, str):
             return TableScaling(cast("TablePreprocessing", self.preprocessing)).fit(table, rows)
         if not callable(getattr(self.preprocessing, "transform", None)):
@@ -544,4 +578,8 @@ def _print_epoch(epoch: int, histories: list[History]) -> None:
     sys.stdout.write(f"epoch {epoch + 1} {values}\n")
 
 
+#: Of larger data in pieces, so many rows are scored for the threshold.
+_SCORED = 1_000_000
+#: Rows of which the scores are computed at a time.
+_PIECE = 1 << 12
 _PLAIN = (np.dtype(np.float64), np.dtype(np.float32))

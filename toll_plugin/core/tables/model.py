@@ -13,6 +13,7 @@ from torch import nn
 from toll_plugin.core.checks import check_option
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import ScoreTerm, TollTerms, norm_per_sample, toll_score
+from toll_plugin.core.tables.distant import Table
 from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.rows import Preprocessing, scale_rows
 from toll_plugin.core.tables.scaling import Floats, TableScaling
@@ -192,7 +193,7 @@ class TableModel:
         return np.concatenate([latent[: rows.stop - rows.start] for rows, latent in chunks])
 
     def vectors(
-        self, member: int, kind: Literal["residual", "latent"], x: NDArray[Any], index: NDArray[np.int64]
+        self, member: int, kind: Literal["residual", "latent"], x: Table, index: NDArray[np.int64]
     ) -> Iterator[Floats]:
         """Residuals or latents of the rows at ``index`` before they are measured, in pieces ``(n, ...)``."""
         run = self._runners[member]
@@ -211,7 +212,7 @@ class TableModel:
         with threads, np.errstate(over="ignore", invalid="ignore"):
             yield
 
-    def _chunks(self, x: NDArray[Any], index: NDArray[np.int64] | None = None) -> Iterator[tuple[slice, Floats]]:
+    def _chunks(self, x: Table, index: NDArray[np.int64] | None = None) -> Iterator[tuple[slice, Floats]]:
         count = len(x) if index is None else len(index)
         size = max(BLOCK, min(512, (_CHUNK - 1) // self.inputs))
         for start in range(0, count, size):

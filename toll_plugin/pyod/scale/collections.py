@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from toll_plugin.pyod.scale.fetching import Check, Partitions, Taken, take
 from toll_plugin.pyod.scale.pieces import Piece, Pieces, Work
 
 __all__ = ["DaskArray", "DaskFrame", "dask_pieces"]
@@ -26,19 +28,66 @@ def dask_pieces(x: Any) -> Pieces:
     raise TypeError(msg)
 
 
-class DaskFrame(Pieces):
+class _Collection(Partitions):
+    """A collection, whose partitions are computed where Dask computes."""
+
+    collection: Any
+
+    def __iter__(self) -> Iterator[Piece]:
+        for i, partition in enumerate(self._delayed()):
+            yield Piece(partition.compute(), self.place(i))
+
+    def _delayed(self) -> list[Any]:
+        """The partitions, each to be computed by itself."""
+        return list(np.ravel(self.collection.to_delayed()))
+
+    @staticmethod
+    def place(i: int) -> str:
+        """What a partition is called in messages."""
+        raise NotImplementedError
+
+    def counts(self) -> list[int]:
+        """Rows of each partition, counted in a pass."""
+        import dask  # noqa: PLC0415  whoever has no collections need not have it
+        from dask.delayed import delayed  # noqa: PLC0415
+
+        return list(dask.compute(*map(delayed(len), self._delayed())))
+
+    def taken(self, wanted: Sequence[tuple[int, NDArray[np.int64]]], check: Check) -> Iterator[Taken]:
+        """All partitions at a time."""
+        import dask  # noqa: PLC0415
+        from dask.delayed import delayed  # noqa: PLC0415
+
+        partitions, shared = self._delayed(), delayed(check, pure=True)
+        work = [delayed(_taken)(partitions[i], self.place(i), shared, rows) for i, rows in wanted]
+        return iter(dask.compute(*work))
+
+
+def _taken(rows: Any, place: str, check: Check, wanted: NDArray[np.int64]) -> Taken:
+    return take([Piece(rows, place)], check, wanted)
+
+
+class DaskFrame(_Collection):
     """A Dask DataFrame, whose partitions are the pieces."""
 
     def __init__(self, frame: Any) -> None:
         self.collection = frame
 
-    def __iter__(self) -> Iterator[Piece]:
-        for i, partition in enumerate(self.collection.partitions):
-            yield Piece(partition.compute(), _place(i))
+    @staticmethod
+    def place(i: int) -> str:
+        """See :class:`_Collection`."""
+        return f"partition {i}"
+
+    def columns(self) -> Any:
+        """One row of zeros."""
+        import pandas as pd  # noqa: PLC0415
+
+        names = self.collection.columns
+        return pd.DataFrame(np.zeros((1, len(names))), columns=names)
 
     def results(self, work: Work) -> Any:
         """A lazy Series or DataFrame of the same divisions."""
-        from dask.delayed import delayed  # noqa: PLC0415  whoever has no collections need not have it
+        from dask.delayed import delayed  # noqa: PLC0415
 
         example = work.example()
         meta = _in_pandas(work(Piece(example, "")), work, None)[:0]
@@ -47,12 +96,8 @@ class DaskFrame(Pieces):
 
 
 def _frame_result(frame: Any, work: Work, partition_info: dict[str, Any] | None = None) -> Any:
-    place = _place(partition_info["number"] if partition_info else 0)
+    place = DaskFrame.place(partition_info["number"] if partition_info else 0)
     return _in_pandas(work(Piece(frame, place)), work, frame.index)
-
-
-def _place(i: int) -> str:
-    return f"partition {i}"
 
 
 def _in_pandas(result: Any, work: Work, index: Any) -> Any:
@@ -66,15 +111,20 @@ def _in_pandas(result: Any, work: Work, index: Any) -> Any:
     return pd.Series(result, index=index, name="label" if work.method == "predict" else "score")
 
 
-class DaskArray(Pieces):
+class DaskArray(_Collection):
     """A Dask Array ``(N, n_features)``, whose chunks of rows are the pieces."""
 
     def __init__(self, array: Any) -> None:
         self.collection = array if array.numblocks[1] == 1 else array.rechunk({1: -1})
 
-    def __iter__(self) -> Iterator[Piece]:
-        for i in range(self.collection.numblocks[0]):
-            yield Piece(self.collection.blocks[i].compute(), _chunk(i))
+    @staticmethod
+    def place(i: int) -> str:
+        """See :class:`_Collection`."""
+        return f"chunk {i} of the rows"
+
+    def columns(self) -> Any:
+        """One row of zeros."""
+        return np.zeros((1, self.collection.shape[1]))
 
     def results(self, work: Work) -> Any:
         """A lazy Array of the same chunks of rows; of an explanation a DataFrame."""
@@ -93,9 +143,5 @@ class DaskArray(Pieces):
 
 
 def _array_result(rows: Any, work: Work, block_info: Any = None) -> Any:
-    place = _chunk(block_info[0]["chunk-location"][0] if block_info else 0)
+    place = DaskArray.place(block_info[0]["chunk-location"][0] if block_info else 0)
     return work(Piece(rows, place))
-
-
-def _chunk(i: int) -> str:
-    return f"chunk {i} of the rows"

@@ -9,7 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toll_plugin.pyod.scale.pieces import Piece, Pieces
+import numpy as np
+from numpy.typing import NDArray
+
+from toll_plugin.pyod.scale.fetching import Check, Partitions, Taken, take
+from toll_plugin.pyod.scale.pieces import Piece
 from toll_plugin.pyod.validation import located
 
 __all__ = ["Parquet", "Partition"]
@@ -66,7 +70,7 @@ class Partition(NamedTuple):
                     yield batch
 
 
-class Parquet(Pieces):
+class Parquet(Partitions):
     """Rows in Parquet files, which detectors take in place of a table in memory.
 
     Files are read in the order of their names. Needs ``pip install "toll-plugin[scale]"``.
@@ -74,12 +78,13 @@ class Parquet(Pieces):
     Args:
         path: A file, a folder with its subfolders, a pattern such as ``"rows/*.parquet"``, a list of
             files, or a ``pyarrow.dataset.Dataset``.
-        columns: Which to read. Default: all.
+        columns: Names of those to read. Default: all.
         where: Which rows to read, an expression of ``pyarrow.dataset.field``. Default: all.
 
     Raises:
         ImportError: If Arrow is missing.
         FileNotFoundError: If there is no such file.
+        TypeError: If ``path`` or ``columns`` is of another kind.
         ValueError: If a column is missing from a file, or a file has more columns than the first.
 
     Example:
@@ -108,8 +113,11 @@ class Parquet(Pieces):
         self.where = where
         self.dataset = path if isinstance(path, dataset.Dataset) else dataset.dataset(_files(path), **_FORMAT)
         names = self.dataset.schema.names
-        self.columns = list(names if columns is None else columns)
-        lost = [name for name in self.columns if name not in names]
+        if not names:
+            msg = f"path must hold at least one Parquet file, got {str(path)!r}"
+            raise FileNotFoundError(msg)
+        self.names = list(names if columns is None else columns)
+        lost = [name for name in self.names if name not in names]
         if lost:
             msg = f"columns must be in the files, which have no {lost}, only {names[:20]}"
             raise ValueError(msg)
@@ -134,7 +142,7 @@ class Parquet(Pieces):
 
         own, whole = partition.fragment.physical_schema, self.dataset.schema
         folder = dataset.get_partition_keys(partition.fragment.partition_expression)
-        wanted = dict.fromkeys([*self.columns, *keys])
+        wanted = dict.fromkeys([*self.names, *keys])
         lost = [name for name in wanted if name not in own.names and name not in folder]
         more = [name for name in own.names if name not in whole.names] if self._every else []
         if lost or more:
@@ -154,10 +162,22 @@ class Parquet(Pieces):
             for part in self.partitions()
         ]
 
+    def columns(self) -> Any:
+        """One row of zeros; what pandas wrote as an index is none of its columns."""
+        import pandas as pd  # noqa: PLC0415
+
+        names = self.dataset.schema.empty_table().select(self.names).to_pandas().columns
+        return pd.DataFrame(np.zeros((1, len(names))), columns=names)
+
+    def taken(self, wanted: Sequence[tuple[int, NDArray[np.int64]]], check: Check) -> Iterator[Taken]:
+        """One partition after another."""
+        partitions = self.partitions()
+        return (take(self.pieces(partitions[number]), check, rows) for number, rows in wanted)
+
     def pieces(self, partition: Partition) -> Iterator[Piece]:
         """The rows of one partition."""
         first = 0
-        for batch in partition.batches(self.columns, self.where):
+        for batch in partition.batches(self.names, self.where):
             yield Piece(batch.to_pandas(), partition.place, first)
             first += batch.num_rows
 

@@ -7,13 +7,16 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
+import torch
 
-from toll_plugin.pyod.validation import located
+from toll_plugin.core.rows import RowCache
+from toll_plugin.core.tables.distant import DistantTable, Table
+from toll_plugin.pyod.validation import check_table, located
 
-__all__ = ["Batches", "Piece", "Pieces", "Work", "by_pieces", "pieces_of"]
+__all__ = ["Batches", "Piece", "Pieces", "Work", "by_pieces", "check_count", "pieces_of"]
 
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 
@@ -78,6 +81,13 @@ class Pieces(ABC):
     def __iter__(self) -> Iterator[Piece]:
         """The pieces in order, each small enough for memory; some may have no rows."""
 
+    @abstractmethod
+    def table(self, estimator: Any, memory: int) -> Table:
+        """All rows as a table to fit, checked; in memory if they take no more than ``memory`` bytes there.
+
+        ``estimator`` gets ``n_features_in_`` and ``feature_names_in_``.
+        """
+
     def results(self, work: Work) -> Any:
         """What a method makes of all rows, here joined to what it would give for a table in memory."""
         found = [work(piece) for piece in self]
@@ -102,6 +112,34 @@ class Batches(Pieces):
     def results(self, work: Work) -> Iterator[Any]:
         """One result for each batch, computed when it is asked for."""
         return map(work, self)
+
+    def table(self, estimator: Any, memory: int) -> Table:
+        """The rows, kept in a temporary file where they are many, since the iterator gives them once."""
+        kept: RowCache | None = None
+        for piece in self:
+            with located(piece.place):
+                rows = check_table(estimator, piece.rows, reset=kept is None, minimum=0, first=piece.first)
+            kept = kept or RowCache(rows.shape[1], memory, dtype=torch.float64)
+            kept.append(torch.from_numpy(np.require(rows, requirements=["C", "W"])))
+        check_count(0 if kept is None else len(kept))
+        return _table(cast("RowCache", kept), memory)
+
+
+def _table(rows: RowCache, memory: int) -> Table:
+    if rows.in_memory:
+        return rows[:].numpy()
+    return DistantTable((len(rows), rows.width), lambda index: rows[torch.from_numpy(index)].numpy(), memory)
+
+
+def check_count(rows: int) -> None:
+    """Refuse data that are too few to fit.
+
+    Raises:
+        ValueError: If there are fewer than two rows.
+    """
+    if rows < 2:
+        msg = f"X must hold at least 2 rows to fit, got {rows}"
+        raise ValueError(msg)
 
 
 def pieces_of(x: Any) -> Pieces | None:

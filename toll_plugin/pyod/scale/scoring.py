@@ -112,7 +112,7 @@ def score_parquet(
         msg = f"target must not hold the source, but {str(target)!r} has {inside[0]!r}"
         raise ValueError(msg)
     _claim(folder, _plan(scorer, rows, partitions))
-    writer = _Writer(scorer, scorer.features(dict.fromkeys([*rows.columns, *scorer.keys])), rows.where, folder)
+    writer = _Writer(scorer, scorer.features(dict.fromkeys([*rows.names, *scorer.keys])), rows.where, folder)
     missing = [part for part in partitions if writer.finished(part) is None]
     work = _here(writer, missing) if client is None else _on_workers(client, writer, missing)
     total, left = (sum(part.rows for part in parts) for parts in (partitions, missing))
@@ -131,7 +131,7 @@ def _plan(scorer: BatchScorer, rows: Parquet, partitions: Sequence[Partition]) -
         "detector": fingerprint(scorer.detector),
         "keys": scorer.keys,
         "errors": scorer.errors,
-        "columns": rows.columns,
+        "columns": rows.names,
         "where": None if rows.where is None else str(rows.where),
         "partitions": [[Path(part.path).name, list(part.groups), part.rows] for part in partitions],
     }
