@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from toll_plugin.pyod import Parquet, TollDetector
 from toll_plugin.pyod import detector as detector_module
@@ -28,10 +29,10 @@ OTHER = pd.DataFrame(np.random.default_rng(1).normal(size=(50, 4)) * 3, columns=
 FEW = 200 * 4 * 8
 
 
-def write(frame: pd.DataFrame, folder: Path, files: int) -> Path:
+def write(frame: pd.DataFrame, folder: Path, files: int, group: int = 300) -> Path:
     folder.mkdir()
     for i, rows in enumerate(np.array_split(np.arange(len(frame)), files)):
-        frame.iloc[rows].to_parquet(folder / f"{i}.parquet", index=False, row_group_size=300)
+        frame.iloc[rows].to_parquet(folder / f"{i}.parquet", index=False, row_group_size=group)
     return folder
 
 
@@ -145,6 +146,57 @@ def test_a_fit_that_fails_leaves_the_detector_as_it_was():
     with pytest.raises(ValueError, match=r"^partition 3: Input X contains NaN: row \d+, column 1 \('b'\)"):
         detector.fit(dd.from_pandas(bad, npartitions=4), memory=FEW)
     np.testing.assert_array_equal(detector.decision_function(OTHER), before)
+
+
+# -- streams ---------------------------------------------------------------------------------------
+
+
+def test_a_stream_through_every_door(tmp_path):
+    expected = TollDetector(**SMALL)
+    for piece in batches(FRAME, 3):
+        expected.partial_fit(piece, epochs=2)
+    lazy = dd.from_pandas(FRAME, npartitions=3)
+    for data in (batches(FRAME, 3), write(FRAME, tmp_path / "rows", 3, group=600)):
+        same(TollDetector(**SMALL).partial_fit(data, epochs=2), expected)
+    assert lazy.map_partitions(len).compute().tolist() == [501, 500, 500]
+    same(TollDetector(**SMALL).partial_fit(lazy, epochs=2), expected)
+
+
+def test_pieces_of_a_stream_that_are_too_small():
+    expected = TollDetector(**SMALL).partial_fit(FRAME[:700]).partial_fit(FRAME[700:])
+    for cuts in ([1, 700], [699, 700], [0, 700, 700], [700, 1500]):
+        pieces = [FRAME[a:b] for a, b in zip([0, *cuts], [*cuts, ROWS], strict=True)]
+        same(TollDetector(**SMALL).partial_fit(iter(pieces)), expected)
+        arrays = TollDetector(**SMALL).partial_fit(iter([piece.to_numpy() for piece in pieces]))
+        np.testing.assert_array_equal(arrays.decision_scores_, expected.decision_scores_)
+    with pytest.raises(ValueError, match="X must hold at least 2 rows to fit, got 1"):
+        TollDetector(**SMALL).partial_fit(iter([FRAME[:1]]))
+
+
+def test_a_bad_piece_of_a_stream_changes_nothing():
+    detector = TollDetector(**SMALL).partial_fit(FRAME)
+    before = detector.decision_function(OTHER)
+    with pytest.raises(ValueError, match=r"^batch 1: Input X contains NaN: row 0, column 3 \('d'\)"):
+        detector.partial_fit(iter([FRAME[:100], FRAME[100:200].assign(d=np.nan)]))
+    np.testing.assert_array_equal(detector.decision_function(OTHER), before)
+
+
+def test_a_stream_that_does_not_drift_ends_where_a_fit_does():
+    """As near to a fit of all rows as fits of two seeds lie to each other: rank correlation, units, alarms."""
+
+    def drawn(count, seed):
+        rng = np.random.default_rng(seed)
+        rows = rng.normal(size=(count, 3)) @ np.random.default_rng(5).normal(size=(3, 8))
+        return rows + 0.2 * rng.normal(size=rows.shape)
+
+    rows, fresh = drawn(9000, 0), drawn(2000, 1)
+    stream = TollDetector().partial_fit(iter(np.array_split(rows, 6)))
+    whole, other = TollDetector().fit(rows), TollDetector(random_state=1).fit(rows)
+    mine, theirs, seeds = (detector.decision_function(fresh) for detector in (stream, whole, other))
+    assert spearmanr(mine, theirs)[0] > spearmanr(seeds, theirs)[0] - 0.05
+    assert abs(np.median(mine) / np.median(theirs) - 1) < 0.05
+    assert abs(np.mean(mine > stream.threshold_) - np.mean(theirs > whole.threshold_)) < 0.03
+    np.testing.assert_allclose(stream._model.scaling.scale, whole._model.scaling.scale, rtol=0.03)
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ from toll_plugin.pyod.base import CURVES, CarefulDetector
 from toll_plugin.pyod.explanation import Explanation, plot_history, plot_latent
 from toll_plugin.pyod.onnx import to_onnx
 from toll_plugin.pyod.persistence import load, save
-from toll_plugin.pyod.scale.pieces import by_pieces, pieces_of
-from toll_plugin.pyod.validation import check_contamination, check_device, check_finite, check_table, seed_of
+from toll_plugin.pyod.scale.pieces import Piece, Pieces, by_pieces, pieces_of
+from toll_plugin.pyod.validation import check_contamination, check_device, check_finite, check_table, located, seed_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,7 +240,9 @@ class TollDetector(CarefulDetector):
             ValueError: If a value, a column or a parameter is wrong; of data in pieces with partition, row and column.
         """
         new = copy.copy(self)
-        table = new._checked(X, reset=True, memory=memory)
+        pieces = pieces_of(X)
+        check_integer("memory", memory, minimum=1)
+        table = new._checked(X, reset=True) if pieces is None else new._table_of(pieces, memory)
         options = new._options(self.epochs, self.max_steps, self.patience)
         generator = torch.Generator().manual_seed(seed_of(self.random_state))
         split = hold_out(len(table), self.validation_fraction, generator)
@@ -275,8 +277,11 @@ class TollDetector(CarefulDetector):
         Afterwards training scores, labels and threshold are those of the latest piece, and the history is
         that of all pieces.
 
+        Of data that come in pieces (see :meth:`fit`) each is learned in its turn, and a stream of pieces that do not
+        drift ends as near to a :meth:`fit` of all rows as two fits with other seeds lie to each other.
+
         Args:
-            X: Rows ``(N, n_features)``, N at least 2.
+            X: Rows ``(N, n_features)``, N at least 2, or data in pieces, each of which fits in memory.
             y: Ignored.
             epochs: Passes over the piece. Default 1.
 
@@ -284,35 +289,49 @@ class TollDetector(CarefulDetector):
             TypeError: If ``epochs`` is no integer.
             ValueError: If it is below 1, or the table has other columns than before.
         """
-        new, first = copy.copy(self), not hasattr(self, "_model")
-        piece = new._checked(X, reset=first)
-        options = new._options(check_integer("epochs", epochs, minimum=1), None, None)
+        new, pieces = copy.copy(self), pieces_of(X)
+        for piece in [Piece(X, "")] if pieces is None else pieces.of_two_rows():
+            new._learn(piece, epochs)
+        self.__dict__ = new.__dict__
+        return self
+
+    def _learn(self, piece: Piece, epochs: int) -> None:
+        """What :meth:`partial_fit` does with a piece."""
+        first = not hasattr(self, "_model")
+        with located(piece.place):
+            new = self._checked(piece.rows, reset=first, first=piece.first)
+        options = self._options(check_integer("epochs", epochs, minimum=1), None, None)
         generator = torch.Generator().manual_seed(seed_of(self.random_state))
-        stream = self._stream or _Stream(piece[:0], 0, first, [], None, generator.get_state())
+        stream = self._stream or _Stream(new[:0], 0, first, [], None, generator.get_state())
         generator.set_state(stream.random)
-        rows = np.concatenate([piece, stream.sample]) if len(stream.sample) else piece
-        split = rehearse(len(piece), len(stream.sample), stream.seen, generator)
-        scaling = new._fit_scaling(rows, split.measured) if stream.whole else self._model.scaling
+        rows = np.concatenate([new, stream.sample]) if len(stream.sample) else new
+        split = rehearse(len(new), len(stream.sample), stream.seen, generator)
+        scaling = self._fit_scaling(rows, split.measured) if stream.whole else self._model.scaling
         if first:
-            networks = new._build_networks(scale_rows(scaling, piece[:1]).shape[1], generator)
+            networks = self._build_networks(scale_rows(scaling, new[:1]).shape[1], generator)
         else:
             networks = [copy.deepcopy(member.network) for member in self._model.members]
         optimizer = (self.optimizer, self.lr)
         states = stream.states if stream.optimizer == optimizer else []
-        fitted = new._train(rows, split, scaling, networks, options, generator, states)
-        new._take(fitted, piece, {} if first else self.history_, generator)
-        seen = stream.seen + len(piece)
-        new._stream = _Stream(
+        fitted = self._train(rows, split, scaling, networks, options, generator, states)
+        self._take(fitted, new, {} if first else self.history_, generator)
+        seen = stream.seen + len(new)
+        self._stream = _Stream(
             rows[split.measured], seen, stream.whole, fitted.optimizers, optimizer, generator.get_state()
         )
-        self.__dict__ = new.__dict__
-        return self
 
-    def _checked(self, x: Any, *, reset: bool, memory: int = MEMORY) -> Table:
-        """The rows to train on, and the parameters that no later step looks at."""
-        pieces = pieces_of(x)
-        check_integer("memory", memory, minimum=1)
-        table = check_table(self, x, reset=reset, minimum=2) if pieces is None else pieces.table(self, memory)
+    def _checked(self, x: Any, *, reset: bool, first: int = 0) -> NDArray[Any]:
+        """The rows to train on, the first of which has the number ``first``, and the parameters."""
+        self._check_parameters()
+        return check_table(self, x, reset=reset, minimum=2, first=first)
+
+    def _table_of(self, pieces: Pieces, memory: int) -> Table:
+        """The same of data in pieces."""
+        self._check_parameters()
+        return pieces.table(self, memory)
+
+    def _check_parameters(self) -> None:
+        """Check those that no later step looks at."""
         self._thresholder = check_contamination(self.contamination)
         self._collapsed()
         check_option("score_term", self.score_term, get_args(ScoreTerm))
@@ -320,7 +339,6 @@ class TollDetector(CarefulDetector):
         check_option("verbose", self.verbose, (0, 1, 2))
         self._loss()
         self._score_weight()
-        return table
 
     def _options(self, epochs: int | None, max_steps: int | None, patience: int | None) -> TrainingOptions:
         if epochs is not None:

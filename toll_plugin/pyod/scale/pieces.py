@@ -88,6 +88,20 @@ class Pieces(ABC):
         ``estimator`` gets ``n_features_in_`` and ``feature_names_in_``.
         """
 
+    def of_two_rows(self) -> Iterator[Piece]:
+        """The pieces that have rows, those of a single row together with another."""
+        held: Piece | None = None
+        for piece in self:
+            if held is None or len(held.rows) == 0:
+                held = piece
+            elif min(len(held.rows), len(piece.rows)) > 1:
+                yield held
+                held = piece
+            else:
+                held = held._replace(rows=_stacked(held.rows, piece.rows))
+        check_count(0 if held is None else len(held.rows))
+        yield cast("Piece", held)
+
     def results(self, work: Work) -> Any:
         """What a method makes of all rows, here joined to what it would give for a table in memory."""
         found = [work(piece) for piece in self]
@@ -123,6 +137,14 @@ class Batches(Pieces):
             kept.append(torch.from_numpy(np.require(rows, requirements=["C", "W"])))
         check_count(0 if kept is None else len(kept))
         return _table(cast("RowCache", kept), memory)
+
+
+def _stacked(above: Any, below: Any) -> Any:
+    if not hasattr(above, "iloc"):
+        return np.concatenate([above, below])
+    import pandas as pd  # noqa: PLC0415  the rows are its frames
+
+    return pd.concat([above, below], ignore_index=True)
 
 
 def _table(rows: RowCache, memory: int) -> Table:
