@@ -10,6 +10,7 @@ from jsonargparse import auto_cli
 from benchmarks.costs.deployment import deployment
 from benchmarks.costs.imports import imports
 from benchmarks.costs.overhead import overhead
+from benchmarks.costs.scale import scale
 from benchmarks.costs.speed import speed
 from benchmarks.report.readme import readme
 from benchmarks.report.report import report
@@ -37,6 +38,7 @@ def main() -> None:
         "rays": rays,
         "collapse": collapse,
         "readme": readme,
+        "scale": scale,
         "speed": speed,
         "stopping": stopping,
     }
