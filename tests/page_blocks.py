@@ -148,6 +148,8 @@ def _tables(folder: Path) -> None:
     savemat(folder / "ODDS/small.mat", {"X": rng.normal(size=(120, 5)) + 4 * labels[:, None], "y": labels})
     frame = pd.DataFrame(rng.normal(size=(200, 4)), columns=list("abcd"))
     frame.to_csv(folder / "sensors.csv", index=False)
+    (folder / "sensors").mkdir()
+    frame.to_parquet(folder / "sensors/0.parquet", index=False)
     frame.assign(fault=rng.integers(0, 2, 200)).to_csv(folder / "machines.csv", index=False)
 
 
