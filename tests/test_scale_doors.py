@@ -183,6 +183,18 @@ def test_a_file_is_cut_between_groups_of_rows(monkeypatch, tmp_path):
     assert [part.rows for part in found] == [20, 20, 10] * 2
 
 
+def test_paths_mean_the_same_in_another_folder(detector, monkeypatch, tmp_path):
+    write(FRAME, tmp_path / "rows [1]")
+    monkeypatch.chdir(tmp_path)
+    for path in ("rows [1]", "rows [[]1]/*.parquet", ["rows [1]/0.parquet", Path("rows [1]/1.parquet")]):
+        source = Parquet(path)
+        assert all(Path(part.path).is_absolute() for part in source.partitions())
+        scores = detector.decision_function(source)
+        np.testing.assert_array_equal(scores, detector.decision_function(FRAME)[: len(scores)])
+    with pytest.raises(FileNotFoundError, match="path must hold at least one Parquet file"):
+        Parquet([])
+
+
 def test_paths_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"path must fit at least one file, got '.*none-"):
         Parquet(f"{tmp_path}/none-*.parquet")

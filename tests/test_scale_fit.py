@@ -105,6 +105,15 @@ def test_partitions_workers_and_memory_do_not_matter(files, tmp_path):
             same(TollDetector(**SMALL).fit(dd.from_pandas(FRAME, npartitions=files), memory=FEW), expected)
 
 
+def test_a_bar_over_the_partitions_where_it_is_asked_for(tmp_path, capfd):
+    folder = write(FRAME, tmp_path / "rows", 3)
+    TollDetector(**SMALL).fit(folder, memory=FEW)
+    assert capfd.readouterr() == ("", "")
+    TollDetector(**SMALL, verbose=1).fit(folder, memory=FEW)
+    assert "read: 100%" in (shown := capfd.readouterr().err)
+    assert "3/3" in shown
+
+
 def test_single_precision_and_integers(tmp_path):
     frame = FRAME.astype({"a": np.float32, "b": np.float32})
     frame["c"] = np.arange(ROWS) % 7

@@ -19,6 +19,8 @@ def engine(code: str) -> str | None:
 
 
 def run(code: str, names: dict) -> None:
+    # Threads do for workers, since test_scale_parquet.py has processes, which import everything anew.
+    code = code.replace("LocalCluster(", "LocalCluster(processes=False, ")
     exec(compile(code, "<block>", "exec"), names)
 
 

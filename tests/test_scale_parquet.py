@@ -222,6 +222,8 @@ def test_other_arguments(detector, source, tmp_path):
     assert not (tmp_path / "scores").exists()
     with pytest.raises(ValueError, match=r"partition 0 .*: The feature names should match[\s\S]*- name"):
         score_parquet(detector, source, tmp_path / "scores", keys=["id"], progress=False)
+    # A call that wrote nothing binds no other.
+    assert score_parquet(detector, source, tmp_path / "scores", keys=KEYS, progress=False).rows == ROWS
     with pytest.raises(NotFittedError):
         score_parquet(TollDetector(), source, tmp_path / "scores")
 

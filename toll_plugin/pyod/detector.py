@@ -227,9 +227,9 @@ class TollDetector(CarefulDetector):
         read into memory if they fit there, else in passes of which each fetches as many rows as ``memory``
         holds. Either way the networks learn the same rows in the same order as from one table, so that the result is
         the same, bit for bit, on any number of partitions and workers. The default parameters take three passes
-        over data of any size; an ``epochs`` over data that do not fit takes as many passes as they are times
-        larger than half the memory. Of more than 1 000 000 rows that do not fit, so many are drawn, by
-        the seed, for ``decision_scores_``, ``labels_`` and the threshold.
+        over any number of rows (of up to 400 columns); each of ``epochs`` over data that do not fit takes as many
+        passes as they are times larger than half the memory. Of more than 1 000 000 rows that do not fit, so
+        many are drawn, by the seed, for ``decision_scores_``, ``labels_`` and the threshold.
 
         Args:
             X: Rows ``(N, n_features)``, N at least 2: array, DataFrame, nested list, or data in pieces.
@@ -465,7 +465,11 @@ class TollDetector(CarefulDetector):
 
     @by_pieces
     def decision_function(self, X: Any) -> Floats:  # noqa: N803
-        """Anomaly scores ``(N,)`` of rows ``(N, n_features)``; higher is more anomalous."""
+        """Anomaly scores ``(N,)`` of rows ``(N, n_features)``; higher is more anomalous.
+
+        Like :meth:`predict`, :meth:`predict_proba` and :meth:`explain`, it takes what :meth:`fit` takes: the result
+        is lazy for a Dask collection, for an iterator one of a result for each batch.
+        """
         self._check_fitted()
         return self._model.score(self._table(X))
 

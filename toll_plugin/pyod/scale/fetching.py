@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from toll_plugin.core.tables.distant import DistantTable, Table
 from toll_plugin.core.tables.scaling import Floats
@@ -78,17 +79,17 @@ class Partitions(Pieces):
         width = check_columns(estimator, self.columns(), reset=True).shape[1]
         counts = self.counts()
         check_count(sum(counts))
-        fetch = _Fetch(self, Check(estimator), counts, width)
+        fetch = _Fetch(self, Check(estimator), counts, width, progress=getattr(estimator, "verbose", 0) == 1)
         if 8 * width * sum(counts) <= memory:
             return fetch(np.arange(sum(counts)))
         return DistantTable((sum(counts), width), fetch, memory)
 
 
 class _Fetch:
-    """Fetches rows by their numbers in all partitions together."""
+    """Fetches rows by their numbers in all partitions together; with ``progress``, a bar counts the partitions."""
 
-    def __init__(self, pieces: Partitions, check: Check, counts: list[int], width: int) -> None:
-        self._pieces, self._check, self._width = pieces, check, width
+    def __init__(self, pieces: Partitions, check: Check, counts: list[int], width: int, *, progress: bool) -> None:
+        self._pieces, self._check, self._width, self._progress = pieces, check, width, progress
         self._starts = np.cumsum([0, *counts])
         self._first = True
 
@@ -98,7 +99,9 @@ class _Fetch:
         visited = [i for i in range(len(bounds) - 1) if self._first or bounds[i] < bounds[i + 1]]
         wanted = [(i, rows[bounds[i] : bounds[i + 1]] - self._starts[i]) for i in visited]
         values = np.empty((len(rows), self._width))
-        for i, taken in zip(visited, self._pieces.taken(wanted, self._check), strict=True):
+        found = self._pieces.taken(wanted, self._check)
+        bar = tqdm(visited, desc="read", unit="partition", disable=not self._progress)
+        for i, taken in zip(bar, found, strict=True):
             count = self._starts[i + 1] - self._starts[i]
             if taken.seen != count:
                 msg = f"partition {i} must stay as it is during a fit, but it had {count} rows and now has {taken.seen}"

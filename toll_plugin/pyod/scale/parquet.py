@@ -191,18 +191,24 @@ _FORMAT = {"format": "parquet", "partitioning": "hive"}
 def _files(path: Any) -> Any:
     """What Arrow takes for a path: itself, or the files that a pattern fits."""
     if isinstance(path, Sequence) and not isinstance(path, str):
-        return [str(one) for one in path]
+        return [_absolute(str(one)) for one in path]
     text = str(path) if isinstance(path, PathLike) else path
     if not isinstance(text, str):
         msg = f"path must be a path, a pattern, a list of files or a pyarrow.dataset.Dataset, got {path!r}"
         raise TypeError(msg)
-    if not glob.has_magic(text) or "://" in text:
+    text = _absolute(text)
+    if not glob.has_magic(text) or "://" in text or Path(text).exists():
         return text
     found = sorted(glob.glob(text, recursive=True))  # noqa: PTH207  a pattern with a root, which Path.glob refuses
     if not found:
         msg = f"path must fit at least one file, got {text!r}"
         raise FileNotFoundError(msg)
     return found
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same in a worker's folder; addresses stay."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def _cut(groups: Sequence[Any]) -> Iterator[list[Any]]:

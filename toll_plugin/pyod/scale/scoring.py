@@ -144,7 +144,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
         FileExistsError: If something else is there.
     """
     path = folder / _PLAN
-    if path.is_file():
+    if path.is_file() and any(folder.glob("part-*.parquet")):
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name, value in plan.items() if before.get(name) != value]
         if other:
@@ -152,7 +152,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
             raise FileExistsError(msg)
         _clean(folder)
         return
-    if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {*_left(folder)}):
+    if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {path, *_left(folder)}):
         msg = f"target must be new, an empty folder or left by the same call, but {str(folder)!r} holds something else"
         raise FileExistsError(msg)
     folder.mkdir(parents=True, exist_ok=True)
