@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from sklearn.utils.validation import validate_data
 from toll_plugin.core.checks import check_finite_float
 
 __all__ = [
+    "as_frame",
     "check_cells",
     "check_columns",
     "check_contamination",
@@ -29,12 +30,23 @@ __all__ = [
 _CHUNK = 4096
 
 
+def as_frame(x: Any) -> Any:
+    """Arrow's tables and batches, and mappings of columns, as a DataFrame; anything else stays what it is."""
+    if type(x).__module__.partition(".")[0] == "pyarrow":
+        return x.to_pandas()
+    if isinstance(x, Mapping):
+        import pandas as pd  # noqa: PLC0415  whoever has arrays need not load it
+
+        return pd.DataFrame(dict(x))
+    return x
+
+
 def check_table(estimator: Any, x: Any, *, reset: bool, minimum: int = 1, first: int = 0) -> NDArray[Any]:
     """``x`` as a two-dimensional array of single or double precision, not copied if it is one already.
 
     Args:
         estimator: Gets ``n_features_in_`` and ``feature_names_in_`` if ``reset``, else is compared.
-        x: Array, memory map, DataFrame or nested list.
+        x: Array, memory map, DataFrame, Arrow table or nested list.
         reset: Whether the columns are met for the first time.
         minimum: Rows that are needed.
         first: Number of the first row in messages.
@@ -44,6 +56,7 @@ def check_table(estimator: Any, x: Any, *, reset: bool, minimum: int = 1, first:
         ValueError: If ``x`` is empty, of the wrong shape, holds NaN, infinity or what is no number, or its columns
             are not those of the fit.
     """
+    x = as_frame(x)
     check_cells(x, first, None if reset else getattr(estimator, "feature_names_in_", None))
     table = check_columns(estimator, x, reset=reset, minimum=minimum)
     check_finite(table, getattr(estimator, "feature_names_in_", None), first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -12,12 +12,12 @@ from toll_plugin.core.checks import check_option
 from toll_plugin.core.tables.scaling import Floats
 from toll_plugin.core.threads import one_thread
 from toll_plugin.pyod.base import CarefulDetector
-from toll_plugin.pyod.validation import check_columns, located
+from toll_plugin.pyod.validation import as_frame, check_columns, located
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BatchScorer", "Errors", "as_frame", "lean"]
+__all__ = ["BatchScorer", "Errors", "lean"]
 
 Errors = Literal["raise", "flag"]
 
@@ -121,19 +121,10 @@ def _numbers(features: Any) -> Any:
     return features.apply(of)
 
 
-def as_frame(batch: Any) -> Any:
-    """A batch as a DataFrame; arrays and lists stay what they are."""
-    if hasattr(batch, "to_pandas"):  # Arrow's tables and batches
-        return batch.to_pandas()
-    if isinstance(batch, Mapping):
-        import pandas as pd  # noqa: PLC0415
-
-        return pd.DataFrame(dict(batch))
-    return batch
-
-
-def lean(detector: CarefulDetector) -> CarefulDetector:
-    """A copy that leaves behind what only ``partial_fit`` needs, to be sent to others."""
+def lean(detector: CarefulDetector, *, scores: bool = False) -> CarefulDetector:
+    """A copy to be sent to others, without what only ``partial_fit`` needs and, but for ``scores``, training scores."""
     found = copy.copy(detector)
     found.__dict__.pop("_stream", None)
+    if not scores:
+        found.decision_scores_, found.labels_ = np.empty(0), np.empty(0, dtype=np.int64)
     return found

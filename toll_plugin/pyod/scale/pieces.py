@@ -14,7 +14,7 @@ import torch
 
 from toll_plugin.core.rows import RowCache
 from toll_plugin.core.tables.distant import DistantTable, Table
-from toll_plugin.pyod.validation import check_table, located
+from toll_plugin.pyod.validation import as_frame, check_table, located
 
 __all__ = ["Batches", "Piece", "Pieces", "Work", "by_pieces", "check_count", "pieces_of"]
 
@@ -47,7 +47,8 @@ class Work:
     def __init__(self, detector: Any, method: str, arguments: dict[str, Any]) -> None:
         from toll_plugin.pyod.scale.batches import lean  # noqa: PLC0415  it needs the detectors' base, which needs this
 
-        self.detector, self.method, self.arguments = lean(detector), method, arguments
+        self.detector = lean(detector, scores=method == "predict_proba")
+        self.method, self.arguments = method, arguments
 
     def __call__(self, piece: Piece) -> Any:
         """What the method returns for a piece; for one without rows as well, which tables in memory may not be."""
@@ -64,9 +65,9 @@ class Work:
         return part(self._call(self.example()), slice(0))
 
     def example(self) -> Any:
-        """One row of the detector's columns."""
+        """One row of the detector's columns, of values that have a logarithm and a root."""
         names = getattr(self.detector, "feature_names_in_", None)
-        row = np.zeros((1, self.detector.n_features_in_))
+        row = np.ones((1, self.detector.n_features_in_))
         if names is None:
             return row
         import pandas as pd  # noqa: PLC0415  names come from its frames
@@ -92,7 +93,9 @@ class Pieces(ABC):
         """The pieces that have rows, those of a single row together with another."""
         held: Piece | None = None
         for piece in self:
-            if held is None or len(held.rows) == 0:
+            if len(piece.rows) == 0:
+                continue
+            if held is None:
                 held = piece
             elif min(len(held.rows), len(piece.rows)) > 1:
                 yield held
@@ -118,8 +121,6 @@ class Batches(Pieces):
         self._batches = batches
 
     def __iter__(self) -> Iterator[Piece]:
-        from toll_plugin.pyod.scale.batches import as_frame  # noqa: PLC0415  see Work
-
         for i, batch in enumerate(self._batches):
             yield Piece(as_frame(batch), f"batch {i}")
 
@@ -179,8 +180,6 @@ def pieces_of(x: Any) -> Pieces | None:
         from toll_plugin.pyod.scale.parquet import Parquet  # noqa: PLC0415  needs Arrow's datasets
 
         return Parquet(x)
-    if hasattr(x, "to_pandas") and not hasattr(x, "read_next_batch"):  # Arrow's table or batch
-        return Batches([x])
     return Batches(x) if isinstance(x, Iterator) else None
 
 
