@@ -66,6 +66,7 @@ def test_the_same_scores_through_every_door(frame, tmp_path):
         "arrow table": detector.decision_function(pa.concat_tables(arrow)),
         "frames": np.concatenate(list(detector.decision_function(iter(pieces)))),
         "arrow tables": np.concatenate(list(detector.decision_function(iter(arrow)))),
+        "arrow reader": np.concatenate(list(detector.decision_function(pa.concat_tables(arrow).to_reader(100)))),
         "dask": detector.decision_function(lazy).compute(),
         "scorer": np.concatenate([BatchScorer(detector)(piece)["score"] for piece in pieces]),
     }

@@ -256,10 +256,10 @@ def test_an_error_of_a_worker_names_the_row(detector, client, tmp_path):
 
 
 def test_a_worker_with_other_versions(detector, source, client, tmp_path, monkeypatch):
-    from toll_plugin.pyod.scale import scoring
+    from toll_plugin.pyod.scale import writing
 
-    ours = scoring._versions()
-    monkeypatch.setattr(scoring, "_versions", lambda: ours | {"numpy": "1.0"})
+    ours = writing._versions()
+    monkeypatch.setattr(writing, "_versions", lambda: ours | {"numpy": "1.0"})
     with pytest.raises(RuntimeError, match=rf"workers must have .*, got one with numpy {np.__version__} \(not 1.0\)"):
         score_parquet(detector, source, tmp_path / "scores", keys=KEYS, client=client, progress=False)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from functools import cache
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from toll_plugin import __version__
@@ -20,13 +17,12 @@ from toll_plugin.pyod.files import replacing
 from toll_plugin.pyod.persistence import fingerprint
 from toll_plugin.pyod.scale.batches import BatchScorer, Errors
 from toll_plugin.pyod.scale.parquet import Parquet, Partition
+from toll_plugin.pyod.scale.writing import PartitionWriter, here, on_workers
 
 __all__ = ["ScoredParquet", "score_parquet"]
 
 #: What a target was written from; readers of Parquet leave out names that begin so.
 _PLAN = "_toll.json"
-#: In a file's footer: rows without a score.
-_FLAGGED = "toll.flagged"
 
 
 class ScoredParquet(NamedTuple):
@@ -112,9 +108,9 @@ def score_parquet(
         msg = f"target must not hold the source, but {str(target)!r} has {inside[0]!r}"
         raise ValueError(msg)
     _claim(folder, _plan(scorer, rows, partitions))
-    writer = _Writer(scorer, scorer.features(dict.fromkeys([*rows.names, *scorer.keys])), rows.where, folder)
+    writer = PartitionWriter(scorer, scorer.features(dict.fromkeys([*rows.names, *scorer.keys])), rows.where, folder)
     missing = [part for part in partitions if writer.finished(part) is None]
-    work = _here(writer, missing) if client is None else _on_workers(client, writer, missing)
+    work = here(writer, missing) if client is None else on_workers(client, writer, missing)
     total, left = (sum(part.rows for part in parts) for parts in (partitions, missing))
     bar = tqdm(total=total, initial=total - left, desc="score", unit="row", unit_scale=True, disable=not progress)
     with bar, closing(work):
@@ -169,92 +165,3 @@ def _left(folder: Path) -> list[Path]:
 def _clean(folder: Path) -> None:
     for path in _left(folder):
         path.unlink(missing_ok=True)
-
-
-class _Writer:
-    """Scores one partition and writes its file; can be pickled.
-
-    Args:
-        scorer: Gives the scores.
-        features: The columns that it scores.
-        where: The rows.
-        folder: The target.
-    """
-
-    def __init__(self, scorer: BatchScorer, features: Sequence[str], where: Any, folder: Path) -> None:
-        self.scorer, self.features, self.where, self.folder = scorer, list(features), where, folder
-        self.versions = _versions()
-
-    def path(self, partition: Partition) -> Path:
-        """The partition's file."""
-        return self.folder / f"part-{partition.number:06d}.parquet"
-
-    def finished(self, partition: Partition) -> tuple[int, int] | None:
-        """Rows of the partition's file, and those of them that are flagged; ``None`` if it is not finished."""
-        from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415
-
-        try:
-            found = parquet.read_metadata(self.path(partition))
-        except (FileNotFoundError, ArrowInvalid):  # a machine that lost its power may leave an empty file
-            return None
-        return found.num_rows, int(found.metadata[_FLAGGED.encode()])
-
-    def __call__(self, partition: Partition) -> Partition:
-        """Write the file.
-
-        Raises:
-            RuntimeError: If the versions here are not those where the writer was made.
-        """
-        import pyarrow as pa  # noqa: PLC0415
-        from pyarrow import parquet  # noqa: PLC0415
-
-        here = _versions()
-        if here != self.versions:
-            other = [f"{name} {here[name]} (not {mine})" for name, mine in self.versions.items() if here[name] != mine]
-            msg = f"workers must have the versions of the caller, got one with {', '.join(other)}"
-            raise RuntimeError(msg)
-        keys, first, flagged = self.scorer.keys, 0, 0
-        schema = pa.schema([*(partition.schema.field(key) for key in keys), pa.field("score", pa.float64())])
-        columns = list(dict.fromkeys([*self.features, *keys]))
-        with replacing(self.path(partition)) as part, parquet.ParquetWriter(part, schema) as file:
-            for batch in partition.batches(columns, self.where):
-                scores = self.scorer.scores(batch.select(self.features).to_pandas(), partition.place, first)
-                kept = [batch.column(key) for key in keys]
-                file.write_batch(pa.record_batch([*kept, pa.array(scores)], schema=schema))
-                first += len(scores)
-                flagged += int(np.isnan(scores).sum())
-            file.add_key_value_metadata({_FLAGGED: str(flagged)})
-        return partition
-
-
-def _here(writer: _Writer, partitions: Sequence[Partition]) -> Generator[Partition, None, None]:
-    for partition in partitions:
-        yield writer(partition)
-
-
-def _on_workers(client: Any, writer: _Writer, partitions: Sequence[Partition]) -> Generator[Partition, None, None]:
-    """The partitions as the workers of a Dask cluster finish them."""
-    from distributed import as_completed  # noqa: PLC0415  whoever has no cluster need not have it
-
-    # A task gives the model, and not scatter, since what a lost worker held is computed again and not gone.
-    shared = client.submit(_same, writer, pure=False)
-    futures = client.map(_call, partitions, writer=shared, pure=False)
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        client.cancel([*futures, shared])
-
-
-def _same(writer: _Writer) -> _Writer:
-    return writer
-
-
-def _call(partition: Partition, writer: _Writer) -> Partition:
-    return writer(partition)
-
-
-@cache
-def _versions() -> dict[str, str]:
-    """Versions that decide the last bits of a score."""
-    return {"toll-plugin": __version__} | {name: version(name) for name in ("numpy", "pandas", "pyarrow", "torch")}
