@@ -11,6 +11,7 @@ from benchmarks.costs.deployment import deployment
 from benchmarks.costs.growth import growth
 from benchmarks.costs.imports import imports
 from benchmarks.costs.overhead import overhead
+from benchmarks.costs.scale import scale
 from benchmarks.costs.speed import speed
 from benchmarks.report.readme import readme
 from benchmarks.report.report import report
@@ -39,6 +40,7 @@ def main() -> None:
         "rays": rays,
         "collapse": collapse,
         "readme": readme,
+        "scale": scale,
         "speed": speed,
         "stopping": stopping,
     }

@@ -166,7 +166,7 @@ def imported(folder: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("toll_plugin", ["export", "plot"]), ("benchmarks", ["bench", "dask"])],
+    [("toll_plugin", ["export", "plot", "scale"]), ("benchmarks", ["bench", "scale"])],
 )
 def test_what_is_imported_is_declared(folder, extras):
     names = declared(extras)

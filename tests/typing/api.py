@@ -23,7 +23,15 @@ from toll_plugin.core import (
     toll_score,
     toll_terms,
 )
-from toll_plugin.pyod import CollapsedAutoEncoder, Explanation, TollDetector
+from toll_plugin.pyod import (
+    BatchScorer,
+    CollapsedAutoEncoder,
+    Explanation,
+    Parquet,
+    ScoredParquet,
+    TollDetector,
+    score_parquet,
+)
 
 images, rows = torch.rand(8, 1, 28, 28), np.zeros((8, 3))
 
@@ -46,6 +54,10 @@ assert_type(detector.partial_fit(rows), TollDetector)
 assert_type(TollDetector.load("detector.toll"), TollDetector)
 assert_type(detector.explain(rows), Explanation)
 CollapsedAutoEncoder(epoch_num=5, collapse_weight=0.1)
+source = Parquet("rows/*.parquet", columns=["a", "b"])
+assert_type(detector.fit(source, memory=2**30), TollDetector)
+assert_type(score_parquet(detector, source, "scores", keys=["id"], errors="flag"), ScoredParquet)
+BatchScorer(detector, keys=["id"]).each([])
 
 # Models for images.
 Toll(image_size=28, in_channels=1, patience=None, seed=0)
@@ -58,6 +70,7 @@ TollLoss(beta="1")  # type: ignore[arg-type]
 TollDetector(0.1, (64, 32))  # type: ignore[call-arg]
 TollDetector(metric="cosine")  # type: ignore[arg-type]
 TollDetector(n_member=4)  # type: ignore[call-arg]
+BatchScorer(detector, errors="skip")  # type: ignore[arg-type]
 Toll(network="resnet")  # type: ignore[arg-type]
 Toll(score_term="norm")  # type: ignore[arg-type]
 PatchToll(layers=1)  # type: ignore[arg-type]

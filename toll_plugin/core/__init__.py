@@ -24,6 +24,7 @@ from toll_plugin.core.patches.model import PatchAutoencoder
 from toll_plugin.core.patches.whole import ImageScore, ImageTerms
 from toll_plugin.core.penalty import TargetedCollapse, latent_norm
 from toll_plugin.core.score import TollScore
+from toll_plugin.core.tables.distant import DistantTable
 from toll_plugin.core.tables.fit import FittedTable, TableSplit, TrainedMember, fit_table, hold_out, rehearse
 from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.model import Measure, TableMember, TableModel
@@ -38,6 +39,7 @@ __all__ = [
     "CollapseMonitor",
     "ConvAutoencoder",
     "DenseAutoencoder",
+    "DistantTable",
     "DivergenceError",
     "Finding",
     "FittedTable",

@@ -1,10 +1,10 @@
-"""Tables of rows: the interface that training reads, a table that may outgrow memory, and a selection."""
+"""Tables of rows: the interface that training reads, a table that may outgrow memory, selections, and random orders."""
 
 from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -15,7 +15,10 @@ from torch import Tensor
 
 from toll_plugin.core.checks import check_finite_float
 
-__all__ = ["RowCache", "RowSubset", "Rows"]
+__all__ = ["FEW_ROWS", "RowCache", "RowSubset", "Rows", "WithoutRows", "batches_of", "random_order"]
+
+#: Up to so many rows all positions may lie in memory.
+FEW_ROWS = 1 << 24
 
 
 class Rows(Protocol):
@@ -29,7 +32,7 @@ class Rows(Protocol):
 
 
 class RowCache:
-    """A growing table of single-precision rows.
+    """A growing table of rows, by default in single precision.
 
     Rows that are added stay in memory until they exceed ``limit`` bytes; then all of them move to
     an unnamed temporary file, which is gone with the object and takes no memory but what the
@@ -39,6 +42,7 @@ class RowCache:
         width: Values per row.
         limit: Bytes that may stay in memory, at least 0. Default 1 GiB.
         folder: Where the file goes; by default the system's temporary folder.
+        dtype: Of the values. Default ``torch.float32``.
 
     Raises:
         ValueError: If ``limit`` is negative, or ``folder`` none.
@@ -52,7 +56,13 @@ class RowCache:
         (4, [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     """
 
-    def __init__(self, width: int, limit: float = 2**30, folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        limit: float = 2**30,
+        folder: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._width = width
         self._limit = check_finite_float("limit", limit, minimum=0)
         if folder is not None and not Path(folder).is_dir():
@@ -60,9 +70,10 @@ class RowCache:
             raise ValueError(msg)
         self._folder = folder
         self._count = 0
-        self._kept = np.empty((0, width), np.float32)
+        self._dtype = dtype
+        self._kept: NDArray[Any] = np.empty((0, width), torch.empty(0, dtype=dtype).numpy().dtype)
         self._file: IO[bytes] | None = None
-        self._mapped: NDArray[np.float32] | None = None
+        self._mapped: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         """How many rows."""
@@ -73,13 +84,18 @@ class RowCache:
         """Whether no file was needed."""
         return self._file is None
 
+    @property
+    def width(self) -> int:
+        """Values per row."""
+        return self._width
+
     def append(self, rows: Tensor) -> None:
         """Add rows, shape ``(N, width)``.
 
         Raises:
             ValueError: If they have another width, or are not finite.
         """
-        rows = rows.detach().cpu().float()  # first, since double precision may be finite and single not
+        rows = rows.detach().cpu().to(self._dtype)  # first, since double precision may be finite and single not
         if rows.ndim != 2 or rows.shape[1] != self._width:
             msg = f"rows must have shape (N, {self._width}), got {tuple(rows.shape)}"
             raise ValueError(msg)
@@ -88,7 +104,7 @@ class RowCache:
             raise ValueError(msg)
         array = rows.contiguous().numpy()
         count = self._count + len(array)
-        if self._file is None and 4 * self._width * count > self._limit:
+        if self._file is None and self._kept.itemsize * self._width * count > self._limit:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  it lives as long as the cache
             weakref.finalize(self, self._file.close)
             self._file.write(self._kept.data)
@@ -102,13 +118,13 @@ class RowCache:
             self._mapped = None
         self._count = count
 
-    def _table(self) -> NDArray[np.float32]:
+    def _table(self) -> NDArray[Any]:
         """All rows; the array is no longer valid once more are added."""
         if self._file is None:
             return self._kept
         if self._mapped is None:
             self._file.flush()
-            self._mapped = np.memmap(self._file, np.float32, "r", shape=(self._count, self._width))
+            self._mapped = np.memmap(self._file, self._kept.dtype, "r", shape=(self._count, self._width))
         return self._mapped
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
@@ -151,3 +167,65 @@ class RowSubset:
         """The rows at ``index``."""
         rows = self._rows[self._index[index]]
         return rows if self._prepare is None else self._prepare(rows)
+
+
+class WithoutRows:
+    """The positions of all rows but some, in order, without a list of them.
+
+    Args:
+        count: Rows.
+        without: Positions that are left out, sorted, each once, shape ``(n,)``.
+
+    Example:
+        >>> rest = WithoutRows(6, np.array([0, 3]))
+        >>> len(rest), rest[np.arange(4)].tolist(), rest[1:3].tolist()
+        (4, [1, 2, 4, 5], [2, 4])
+    """
+
+    def __init__(self, count: int, without: NDArray[np.int64]) -> None:
+        self._count = count - len(without)
+        # How many rows stay before each that does not.
+        self._before = without - np.arange(len(without))
+
+    def __len__(self) -> int:
+        """How many rows stay."""
+        return self._count
+
+    def __iter__(self) -> Iterator[np.int64]:
+        """All positions that stay."""
+        return iter(self[:])
+
+    def __getitem__(self, index: slice | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions of the rows at ``index`` among those that stay."""
+        rank = np.arange(*index.indices(self._count)) if isinstance(index, slice) else index
+        position: NDArray[np.int64] = rank + np.searchsorted(self._before, rank, side="right")
+        return position
+
+
+def random_order(count: int, needed: int, generator: torch.Generator) -> Tensor:
+    """The first rows of a random order of all, ``(needed,)`` at most, each row at most once.
+
+    Of more than 2**24 rows no order of all is drawn, whose memory would grow with them, unless a fiftieth of
+    them or more is needed.
+
+    Args:
+        count: Rows.
+        needed: How many of the order.
+        generator: Source of the draw.
+    """
+    if count <= FEW_ROWS:
+        return torch.randperm(count, generator=generator)[:needed]
+    drawn = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    return torch.from_numpy(drawn.choice(count, min(count, needed), replace=False))
+
+
+def batches_of(rows: Any, batches: Iterable[Any]) -> Iterator[Any]:
+    """The rows at each of ``batches``, one batch after another, which rows that are far away may fetch ahead.
+
+    Args:
+        rows: A tensor, an array or anything else that an index can be put to. If it has a method ``batches``, that
+            is told which batches will be asked for.
+        batches: Each an index.
+    """
+    ahead = getattr(rows, "batches", None)
+    return (rows[index] for index in batches) if ahead is None else ahead(batches)

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from toll_plugin.core.checks import check_option
 from toll_plugin.core.tables.model import TableModel
 from toll_plugin.core.tables.scaling import Floats
+from toll_plugin.pyod.scale.pieces import by_pieces
 
 __all__ = ["CURVES", "CarefulDetector"]
 
@@ -43,6 +44,10 @@ class CarefulDetector(BaseDetector):
             msg = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' before using it"
             raise NotFittedError(msg)
 
+    def _table(self, x: Any, first: int = 0) -> NDArray[Any]:
+        """Rows to score, checked; ``first`` is the number of the first row in messages."""
+        raise NotImplementedError
+
     def _as_base(self, share: float | None = None) -> Self:
         """A view of this detector whose contamination is what the base class can work with.
 
@@ -58,10 +63,12 @@ class CarefulDetector(BaseDetector):
         labels: NDArray[np.int64] = self.fit(X, y).labels_
         return labels
 
+    @by_pieces
     def predict(self, X: Any, return_confidence: bool = False) -> Any:  # noqa: N803
         """Labels ``(N,)``, 1 for an anomaly; with ``return_confidence`` also :meth:`predict_confidence`."""
         return BaseDetector.predict(self._as_base(), X, return_confidence)
 
+    @by_pieces
     def predict_proba(self, X: Any, method: str = "linear", return_confidence: bool = False) -> Any:  # noqa: N803
         """Probabilities ``(N, 2)`` of normal and anomalous.
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from toll_plugin.core.checks import check_integer, check_option
 from toll_plugin.core.networks import Autoencoder, DenseAutoencoder
 from toll_plugin.core.objective import Beta, ScoreTerm, TollLoss, check_score_weight
+from toll_plugin.core.rows import random_order
+from toll_plugin.core.tables.distant import DistantTable, Table
 from toll_plugin.core.tables.fit import (
     FittedTable,
     Metric,
@@ -36,12 +38,16 @@ from toll_plugin.pyod.base import CURVES, CarefulDetector
 from toll_plugin.pyod.explanation import Explanation, plot_history, plot_latent
 from toll_plugin.pyod.onnx import to_onnx
 from toll_plugin.pyod.persistence import load, save
-from toll_plugin.pyod.validation import check_contamination, check_device, check_finite, check_table, seed_of
+from toll_plugin.pyod.scale.pieces import Piece, Pieces, by_pieces, pieces_of
+from toll_plugin.pyod.validation import check_contamination, check_device, check_finite, check_table, located, seed_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["TollDetector"]
+
+#: Bytes that rows of data in pieces may take at a time.
+MEMORY = 1 << 28
 
 
 class TollDetector(CarefulDetector):
@@ -112,7 +118,8 @@ class TollDetector(CarefulDetector):
         verbose: 0 (default) silent, 1 a progress bar, 2 a line per epoch.
 
     Attributes:
-        decision_scores_: Scores of the training rows, equal to ``decision_function`` of them.
+        decision_scores_: Scores of the training rows, equal to ``decision_function`` of them; of data in pieces see
+            :meth:`fit`.
         threshold_: Score above which a row is labelled 1.
         labels_: 0 or 1 for each training row.
         history_: Curves per epoch, means over the members: ``total``, ``reconstruction``, ``latent``
@@ -215,10 +222,29 @@ class TollDetector(CarefulDetector):
     # -- fitting -------------------------------------------------------------------------------
 
     @torch.inference_mode(mode=False)
-    def fit(self, X: Any, y: Any = None) -> TollDetector:  # noqa: ARG002, N803  scikit-learn's signature
-        """Train on ``X``, rows ``(N, n_features)``, N at least 2; ``y`` is ignored."""
+    def fit(self, X: Any, y: Any = None, *, memory: int = MEMORY) -> TollDetector:  # noqa: ARG002, N803
+        """Train on rows.
+
+        Data that come in pieces (:class:`Parquet` or a path, a Dask DataFrame or Array, an iterator of batches) are
+        read into memory if they fit there, else in passes of which each fetches as many rows as ``memory``
+        holds. Either way the networks learn the same rows in the same order as from one table, so that the result is
+        the same, bit for bit, on any number of partitions and workers. The default parameters take three passes
+        over any number of rows (of up to 400 columns); each of ``epochs`` over data that do not fit takes as many
+        passes as they are times larger than half the memory. Of more than 1 000 000 rows that do not fit, so
+        many are drawn, by the seed, for ``decision_scores_``, ``labels_`` and the threshold.
+
+        Args:
+            X: Rows ``(N, n_features)``, N at least 2: array, DataFrame, nested list, or data in pieces.
+            y: Ignored.
+            memory: Bytes that rows of data in pieces may take at a time. Default 256 MiB.
+
+        Raises:
+            ValueError: If a value, a column or a parameter is wrong; of data in pieces with partition, row and column.
+        """
         new = copy.copy(self)
-        table = new._checked(X, reset=True)
+        pieces = pieces_of(X)
+        check_integer("memory", memory, minimum=1)
+        table = new._checked(X, reset=True) if pieces is None else new._table_of(pieces, memory)
         options = new._options(self.epochs, self.max_steps, self.patience)
         generator = torch.Generator().manual_seed(seed_of(self.random_state))
         split = hold_out(len(table), self.validation_fraction, generator)
@@ -226,10 +252,12 @@ class TollDetector(CarefulDetector):
             msg = f"patience needs rows held out: validation_fraction must be more than 0, got {len(table)} rows and "
             msg += f"validation_fraction={self.validation_fraction!r}"
             raise ValueError(msg)
+        if isinstance(table, DistantTable):
+            table.keep(split.measured)
         scaling = new._fit_scaling(table, split.measured)
-        networks = new._build_networks(scale_rows(scaling, table[:1]).shape[1], generator)
+        networks = new._build_networks(scale_rows(scaling, table[split.measured[:1]]).shape[1], generator)
         fitted = new._train(table, split, scaling, networks, options, generator)
-        new._take(fitted, table, {})
+        new._take(fitted, table, {}, generator)
         new._stream = None
         self.__dict__ = new.__dict__
         return self
@@ -251,8 +279,11 @@ class TollDetector(CarefulDetector):
         Afterwards training scores, labels and threshold are those of the latest piece, and the history is
         that of all pieces.
 
+        Of data that come in pieces (see :meth:`fit`) each is learned in its turn, and a stream of pieces that do not
+        drift ends as near to a :meth:`fit` of all rows as two fits with other seeds lie to each other.
+
         Args:
-            X: Rows ``(N, n_features)``, N at least 2.
+            X: Rows ``(N, n_features)``, N at least 2, or data in pieces, each of which fits in memory.
             y: Ignored.
             epochs: Passes over the piece. Default 1.
 
@@ -260,33 +291,49 @@ class TollDetector(CarefulDetector):
             TypeError: If ``epochs`` is no integer.
             ValueError: If it is below 1, or the table has other columns than before.
         """
-        new, first = copy.copy(self), not hasattr(self, "_model")
-        piece = new._checked(X, reset=first)
-        options = new._options(check_integer("epochs", epochs, minimum=1), None, None)
+        new, pieces = copy.copy(self), pieces_of(X)
+        for piece in [Piece(X, "")] if pieces is None else pieces.of_two_rows():
+            new._learn(piece, epochs)
+        self.__dict__ = new.__dict__
+        return self
+
+    def _learn(self, piece: Piece, epochs: int) -> None:
+        """What :meth:`partial_fit` does with a piece."""
+        first = not hasattr(self, "_model")
+        with located(piece.place):
+            new = self._checked(piece.rows, reset=first, first=piece.first)
+        options = self._options(check_integer("epochs", epochs, minimum=1), None, None)
         generator = torch.Generator().manual_seed(seed_of(self.random_state))
-        stream = self._stream or _Stream(piece[:0], 0, first, [], None, generator.get_state())
+        stream = self._stream or _Stream(new[:0], 0, first, [], None, generator.get_state())
         generator.set_state(stream.random)
-        rows = np.concatenate([piece, stream.sample]) if len(stream.sample) else piece
-        split = rehearse(len(piece), len(stream.sample), stream.seen, generator)
-        scaling = new._fit_scaling(rows, split.measured) if stream.whole else self._model.scaling
+        rows = np.concatenate([new, stream.sample]) if len(stream.sample) else new
+        split = rehearse(len(new), len(stream.sample), stream.seen, generator)
+        scaling = self._fit_scaling(rows, split.measured) if stream.whole else self._model.scaling
         if first:
-            networks = new._build_networks(scale_rows(scaling, piece[:1]).shape[1], generator)
+            networks = self._build_networks(scale_rows(scaling, new[:1]).shape[1], generator)
         else:
             networks = [copy.deepcopy(member.network) for member in self._model.members]
         optimizer = (self.optimizer, self.lr)
         states = stream.states if stream.optimizer == optimizer else []
-        fitted = new._train(rows, split, scaling, networks, options, generator, states)
-        new._take(fitted, piece, {} if first else self.history_)
-        seen = stream.seen + len(piece)
-        new._stream = _Stream(
+        fitted = self._train(rows, split, scaling, networks, options, generator, states)
+        self._take(fitted, new, {} if first else self.history_, generator)
+        seen = stream.seen + len(new)
+        self._stream = _Stream(
             rows[split.measured], seen, stream.whole, fitted.optimizers, optimizer, generator.get_state()
         )
-        self.__dict__ = new.__dict__
-        return self
 
-    def _checked(self, x: Any, *, reset: bool) -> NDArray[Any]:
-        """The rows to train on, and the parameters that no later step looks at."""
-        table = check_table(self, x, reset=reset, minimum=2)
+    def _checked(self, x: Any, *, reset: bool, first: int = 0) -> NDArray[Any]:
+        """The rows to train on, the first of which has the number ``first``, and the parameters."""
+        self._check_parameters()
+        return check_table(self, x, reset=reset, minimum=2, first=first)
+
+    def _table_of(self, pieces: Pieces, memory: int) -> Table:
+        """The same of data in pieces."""
+        self._check_parameters()
+        return pieces.table(self, memory)
+
+    def _check_parameters(self) -> None:
+        """Check those that no later step looks at."""
         self._thresholder = check_contamination(self.contamination)
         self._collapsed()
         check_option("score_term", self.score_term, get_args(ScoreTerm))
@@ -294,7 +341,6 @@ class TollDetector(CarefulDetector):
         check_option("verbose", self.verbose, (0, 1, 2))
         self._loss()
         self._score_weight()
-        return table
 
     def _options(self, epochs: int | None, max_steps: int | None, patience: int | None) -> TrainingOptions:
         if epochs is not None:
@@ -314,7 +360,7 @@ class TollDetector(CarefulDetector):
 
     def _train(
         self,
-        table: NDArray[Any],
+        table: Table,
         split: TableSplit,
         scaling: Preprocessing,
         networks: list[nn.Module],
@@ -369,17 +415,24 @@ class TollDetector(CarefulDetector):
     def _score_weight(self) -> float:
         return check_score_weight(self.score_weight, beta=self.beta, score_scale=self.score_scale)
 
-    def _take(self, fitted: FittedTable, table: NDArray[Any], before: Mapping[str, Floats]) -> None:
+    def _take(
+        self, fitted: FittedTable, table: Table, before: Mapping[str, Floats], generator: torch.Generator
+    ) -> None:
         """Set what a fit leaves on the detector; ``before`` are the curves that the new ones go on from."""
         self._model = fitted.model
         curves = _mean_curves(fitted.histories)
         done = len(before.get("total", ()))
         self.history_ = {name: np.concatenate([before.get(name, new[:0]), new]) for name, new in curves.items()}
         self.best_epoch_ = [done + history.best_epoch for history in fitted.histories]
-        self.decision_scores_ = fitted.model.score(table)
+        if isinstance(table, DistantTable):
+            scored = np.sort(random_order(len(table), _SCORED, generator).numpy())
+            pieces = table.batches(np.array_split(scored, -(-len(scored) // _PIECE)))
+            self.decision_scores_ = np.concatenate([fitted.model.score(piece) for piece in pieces])
+        else:
+            self.decision_scores_ = fitted.model.score(table)
         self._label()
 
-    def _fit_scaling(self, table: NDArray[Any], rows: NDArray[np.int64]) -> Preprocessing:
+    def _fit_scaling(self, table: Table, rows: NDArray[np.int64]) -> Preprocessing:
         if isinstance(self.preprocessing, str):
             return TableScaling(cast("TablePreprocessing", self.preprocessing)).fit(table, rows)
         if not callable(getattr(self.preprocessing, "transform", None)):
@@ -412,11 +465,17 @@ class TollDetector(CarefulDetector):
 
     # -- scoring -------------------------------------------------------------------------------
 
+    @by_pieces
     def decision_function(self, X: Any) -> Floats:  # noqa: N803
-        """Anomaly scores ``(N,)`` of rows ``(N, n_features)``; higher is more anomalous."""
+        """Anomaly scores ``(N,)`` of rows ``(N, n_features)``; higher is more anomalous.
+
+        Like :meth:`predict`, :meth:`predict_proba` and :meth:`explain`, it takes what :meth:`fit` takes: the result
+        is lazy for a Dask collection, for an iterator one of a result for each batch.
+        """
         self._check_fitted()
         return self._model.score(self._table(X))
 
+    @by_pieces
     def explain(self, X: Any) -> Explanation:  # noqa: N803
         """What each row's score is made of, see :class:`toll_plugin.pyod.Explanation`."""
         self._check_fitted()
@@ -434,12 +493,12 @@ class TollDetector(CarefulDetector):
                 names = [f"input {i}" for i in range(self._model.inputs)]
         return [str(name) for name in names]
 
-    def _table(self, x: Any) -> NDArray[Any]:
+    def _table(self, x: Any, first: int = 0) -> NDArray[Any]:
         # scikit-learn's check takes longer than scoring a row. It is needed for everything but plain arrays.
         plain = type(x) is np.ndarray and x.ndim == 2 and x.dtype in _PLAIN and len(x) > 0
         if not plain or x.shape[1] != self.n_features_in_ or hasattr(self, "feature_names_in_"):
-            return check_table(self, x, reset=False)
-        check_finite(x, None)
+            return check_table(self, x, reset=False, first=first)
+        check_finite(x, None, first)
         table: NDArray[Any] = x
         return table
 
@@ -543,4 +602,8 @@ def _print_epoch(epoch: int, histories: list[History]) -> None:
     sys.stdout.write(f"epoch {epoch + 1} {values}\n")
 
 
+#: Of larger data in pieces, so many rows are scored for the threshold.
+_SCORED = 1_000_000
+#: Rows of which the scores are computed at a time.
+_PIECE = 1 << 12
 _PLAIN = (np.dtype(np.float64), np.dtype(np.float32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from toll_plugin.core.tables.model import TableParts
 from toll_plugin.core.tables.scaling import Floats
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 __all__ = ["Explanation", "plot_history", "plot_latent"]
@@ -54,6 +55,24 @@ class Explanation:
         """From a model's parts and scores, and the weight of its latent term."""
         return cls(score, parts.reconstruction, weight * parts.latent, parts.contributions, tuple(names))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Explanation]) -> Explanation:
+        """One explanation of the rows of several, one behind another."""
+        found = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _PER_ROW}
+        return cls(**found, names=parts[0].names)
+
+    def rows(self, which: slice) -> Explanation:
+        """The explanation of some of the rows."""
+        return Explanation(**{name: getattr(self, name)[which] for name in _PER_ROW}, names=self.names)
+
+    def frame(self, index: Any = None) -> pd.DataFrame:
+        """The same as a data frame, whose columns of contributions are called ``"contribution: NAME"``."""
+        import pandas as pd  # noqa: PLC0415  whoever has arrays need not load it
+
+        terms = {"score": self.score, "reconstruction": self.reconstruction, "latent": self.latent}
+        parts = {f"contribution: {name}": self.contributions[:, i] for i, name in enumerate(self.names)}
+        return pd.DataFrame(terms | parts, index=index)
+
     def top(self, row: int, count: int = 5) -> list[tuple[str, float]]:
         """The ``count`` features that contribute most to a row's score, largest first.
 
@@ -82,6 +101,9 @@ class Explanation:
         ax.set_xlabel("part of the score")
         ax.set_title(f"row {row}: score {self.score[row]:.3g}")
         return ax
+
+
+_PER_ROW = ("score", "reconstruction", "latent", "contributions")
 
 
 def plot_history(history: Mapping[str, Floats], ax: Axes | None = None) -> Axes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import pickle
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from toll_plugin.core.tables.scaling import TableScaling
 from toll_plugin.pyod.base import CURVES, CarefulDetector
 from toll_plugin.pyod.files import replacing
 
-__all__ = ["FORMAT", "load", "save"]
+__all__ = ["FORMAT", "fingerprint", "load", "save"]
 
 #: Counts up when files change in a way that earlier versions could not read; what they wrote is read.
 FORMAT = 3
@@ -72,11 +73,7 @@ def save(detector: CarefulDetector, path: str | PathLike[str]) -> None:
         "scaling.scale": scaling.scale,
     }
     arrays |= {f"history.{name}": values for name, values in detector.history_.items()}
-    for i, member in enumerate(model.members):
-        arrays |= {f"network.{i}.{name}": value.numpy() for name, value in member.network.state_dict().items()}
-        for kind, measure in zip(_MEASURED, member[1:], strict=True):
-            if measure is not None and measure.norm is not None:
-                arrays |= {f"{kind}.{i}.{name}": values for name, values in measure.norm._asdict().items()}
+    arrays |= _learned(model)
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     text = json.dumps(config)
     header = {
@@ -87,6 +84,26 @@ def save(detector: CarefulDetector, path: str | PathLike[str]) -> None:
     }
     with replacing(Path(path)) as part:
         safetensors.numpy.save_file(arrays, str(part), header)
+
+
+def _learned(model: TableModel) -> Arrays:
+    """Weights of the networks, and how their residuals and latents are measured."""
+    arrays: Arrays = {}
+    for i, member in enumerate(model.members):
+        arrays |= {f"network.{i}.{name}": value.numpy() for name, value in member.network.state_dict().items()}
+        for kind, measure in zip(_MEASURED, member[1:], strict=True):
+            if measure is not None and measure.norm is not None:
+                arrays |= {f"{kind}.{i}.{name}": values for name, values in measure.norm._asdict().items()}
+    return arrays
+
+
+def fingerprint(detector: CarefulDetector) -> str:
+    """What two detectors share only if they give the same scores, to the last bit."""
+    model = detector._model
+    units = [[measure and measure.unit for measure in member[1:]] for member in model.members]
+    scaling = hashlib.sha256(pickle.dumps(model.scaling, protocol=4)).hexdigest()
+    names = [str(name) for name in getattr(detector, "feature_names_in_", ())]
+    return _digest(repr([scaling, units, model.weight, model.exponent, model.score_term, names]), _learned(model))
 
 
 def load(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,26 +14,57 @@ from sklearn.utils.validation import validate_data
 
 from toll_plugin.core.checks import check_finite_float
 
-__all__ = ["check_contamination", "check_device", "check_finite", "check_table", "seed_of"]
+__all__ = [
+    "as_frame",
+    "check_cells",
+    "check_columns",
+    "check_contamination",
+    "check_device",
+    "check_finite",
+    "check_table",
+    "located",
+    "seed_of",
+]
 
 #: Rows looked at in one go, so that the check needs little memory.
 _CHUNK = 4096
 
 
-def check_table(estimator: Any, x: Any, *, reset: bool, minimum: int = 1) -> NDArray[Any]:
+def as_frame(x: Any) -> Any:
+    """Arrow's tables and batches, and mappings of columns, as a DataFrame; anything else stays what it is."""
+    if type(x).__module__.partition(".")[0] == "pyarrow":
+        return x.to_pandas()
+    if isinstance(x, Mapping):
+        import pandas as pd  # noqa: PLC0415  whoever has arrays need not load it
+
+        return pd.DataFrame(dict(x))
+    return x
+
+
+def check_table(estimator: Any, x: Any, *, reset: bool, minimum: int = 1, first: int = 0) -> NDArray[Any]:
     """``x`` as a two-dimensional array of single or double precision, not copied if it is one already.
 
     Args:
         estimator: Gets ``n_features_in_`` and ``feature_names_in_`` if ``reset``, else is compared.
-        x: Array, memory map, DataFrame or nested list.
+        x: Array, memory map, DataFrame, Arrow table or nested list.
         reset: Whether the columns are met for the first time.
         minimum: Rows that are needed.
+        first: Number of the first row in messages.
 
     Raises:
         TypeError: If ``x`` is sparse.
-        ValueError: If ``x`` is empty, of the wrong shape, holds NaN or infinity, or its columns are not
-            those of the fit.
+        ValueError: If ``x`` is empty, of the wrong shape, holds NaN, infinity or what is no number, or its columns
+            are not those of the fit.
     """
+    x = as_frame(x)
+    check_cells(x, first, None if reset else getattr(estimator, "feature_names_in_", None))
+    table = check_columns(estimator, x, reset=reset, minimum=minimum)
+    check_finite(table, getattr(estimator, "feature_names_in_", None), first)
+    return table
+
+
+def check_columns(estimator: Any, x: Any, *, reset: bool = False, minimum: int = 1) -> NDArray[Any]:
+    """What :func:`check_table` does, except that values may be missing."""
     table: NDArray[Any] = validate_data(
         estimator,
         x,
@@ -40,15 +73,14 @@ def check_table(estimator: Any, x: Any, *, reset: bool, minimum: int = 1) -> NDA
         ensure_all_finite=False,
         ensure_min_samples=minimum,
     )
-    check_finite(table, getattr(estimator, "feature_names_in_", None))
     return table
 
 
-def check_finite(table: NDArray[Any], names: NDArray[Any] | None) -> None:
+def check_finite(table: NDArray[Any], names: NDArray[Any] | None, first: int = 0) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        ValueError: With the first such row and its columns.
+        ValueError: With the first such row, counted from ``first``, and its columns.
     """
     for start in range(0, len(table), _CHUNK):
         good = np.isfinite(table[start : start + _CHUNK])
@@ -60,10 +92,49 @@ def check_finite(table: NDArray[Any], names: NDArray[Any] | None) -> None:
         more = f" and {len(columns) - 5} more" if len(columns) > 5 else ""
         what = "NaN" if np.isnan(table[start + row]).any() else "infinity"
         msg = (
-            f"Input X contains {what}: row {start + row}, column {', '.join(named)}{more}. "
+            f"Input X contains {what}: row {first + start + row}, column {', '.join(named)}{more}. "
             "Every value must be finite; impute or drop such rows first"
         )
         raise ValueError(msg)
+
+
+def check_cells(x: Any, first: int = 0, names: NDArray[Any] | None = None) -> None:
+    """Refuse columns of a DataFrame that hold something else than numbers; of those in ``names``, if they are known.
+
+    Raises:
+        ValueError: With the first such row, counted from ``first``, and its column.
+    """
+    if not hasattr(x, "dtypes") or not hasattr(x, "iloc") or getattr(x, "ndim", 0) != 2:
+        return
+    import pandas as pd  # noqa: PLC0415  whoever has arrays need not load it
+
+    for i, (name, kind) in enumerate(zip(x.columns, x.dtypes, strict=True)):
+        if pd.api.types.is_numeric_dtype(kind) or (names is not None and name not in names):
+            continue
+        cells = x.iloc[:, i].astype(object)
+        numbers = pd.to_numeric(cells, errors="coerce")
+        dates = pd.api.types.is_datetime64_any_dtype(kind) or pd.api.types.is_timedelta64_dtype(kind)
+        bad = np.flatnonzero((numbers.isna() | dates) & cells.notna())
+        if len(bad):
+            msg = (
+                f"Input X contains {cells.iloc[bad[0]]!r}: row {first + bad[0]}, column {i} ({str(name)!r}), of type "
+                f"{kind}. Every value must be a number; encode or drop such columns first"
+            )
+            raise ValueError(msg)
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """A block whose errors begin with the ``place`` that its rows come from, if it has a name."""
+    if not place:
+        yield
+        return
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        msg = f"{place}: {error}"
+        raise kind(msg) from error
 
 
 def check_contamination(contamination: Any) -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from toll_plugin.core.checks import check_finite_float, check_option
 from toll_plugin.core.objective import SCORE_WEIGHT, ScoreScale, ScoreTerm, TollLoss, typical
-from toll_plugin.core.rows import Rows
+from toll_plugin.core.rows import FEW_ROWS, Rows, WithoutRows, batches_of, random_order
+from toll_plugin.core.tables.distant import Table
 from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.model import Measure, TableMember, TableModel
 from toll_plugin.core.tables.rows import Preprocessing, TableRows
@@ -46,12 +47,12 @@ class TableSplit(NamedTuple):
     """Which rows of a table do what, as sorted indices.
 
     Attributes:
-        training: Rows that the networks learn.
+        training: Rows that the networks learn; of more than 2**24 rows, what can be indexed as they can.
         validation: Rows that are held out to choose the epoch; may be none.
         measured: At most 10 000 rows that are not held out, on which columns and residuals are measured.
     """
 
-    training: NDArray[np.int64]
+    training: NDArray[np.int64] | WithoutRows
     validation: NDArray[np.int64]
     measured: NDArray[np.int64]
 
@@ -77,9 +78,11 @@ def hold_out(count: int, fraction: float, generator: torch.Generator) -> TableSp
     if check_finite_float("validation_fraction", fraction, minimum=0) >= 1:
         msg = f"validation_fraction must be in [0, 1), got {fraction!r}"
         raise ValueError(msg)
-    order = torch.randperm(count, generator=generator).numpy()
     held = max(0, min(math.ceil(fraction * count), count - 2))
-    return TableSplit(np.sort(order[held:]), np.sort(order[:held]), np.sort(order[held : held + _MEASURED]))
+    order = random_order(count, held + _MEASURED, generator).numpy()
+    validation = np.sort(order[:held])
+    training = WithoutRows(count, validation)
+    return TableSplit(training[:] if count <= FEW_ROWS else training, validation, np.sort(order[held:]))
 
 
 def rehearse(new: int, old: int, seen: int, generator: torch.Generator) -> TableSplit:
@@ -143,7 +146,7 @@ class FittedTable(NamedTuple):
 
 
 def fit_table(
-    x: NDArray[Any],
+    x: Table,
     split: TableSplit,
     scaling: Preprocessing,
     members: Sequence[TrainedMember],
@@ -164,7 +167,7 @@ def fit_table(
     Neither ``x`` nor what is made of it stays in memory beyond single batches once it is large.
 
     Args:
-        x: Finite rows, shape ``(N, n_features)``; a memory map is read in pieces.
+        x: Finite rows, shape ``(N, n_features)``; a memory map is read in pieces, and so is a :class:`DistantTable`.
         split: Which of them train, see :func:`hold_out`.
         scaling: Fitted; brings raw rows ``(N, n_features)`` to the networks' inputs ``(N, n_inputs)``.
         members: Networks that return ``(reconstruction, latent)`` of such inputs, each with its loss and what it
@@ -205,8 +208,9 @@ def fit_table(
     score_weight = check_finite_float("score_weight", score_weight, minimum=0)
     device = device or torch.device("cpu")
     options = dataclasses.replace(options, input_limit=getattr(scaling, "limit", None))
-    data = _kept(TableRows(x, split.training, scaling, device))
-    held_out = _kept(TableRows(x, split.validation, scaling, device)) if len(split.validation) else None
+    inputs = int(members[0].network.input_shape[0])  # type: ignore[index]
+    data = _kept(TableRows(x, split.training, scaling, device), inputs)
+    held_out = _kept(TableRows(x, split.validation, scaling, device), inputs) if len(split.validation) else None
     networks = [_moved(member.network, device) for member in members]
     with one_thread() if written_out(networks) else fork_safe():
         trained = train(
@@ -249,7 +253,7 @@ def _on_cpu(state: Any) -> Any:
 
 
 def _measured(
-    model: TableModel, i: int, x: NDArray[Any], rows: NDArray[np.int64], metric: Metric, scale: ScoreScale
+    model: TableModel, i: int, x: Table, rows: NDArray[np.int64], metric: Metric, scale: ScoreScale
 ) -> TableMember:
     """A member of the model with norms and units as measured on ``rows``."""
     member = model.members[i]
@@ -276,9 +280,9 @@ def _measured(
     return TableMember(member.network, *measures)
 
 
-def _kept(rows: TableRows) -> Rows | Tensor:
+def _kept(rows: TableRows, inputs: int) -> Rows | Tensor:
     """The rows in memory if they are few, else to be scaled when they are fetched."""
-    if 4 * rows[:1].shape[1] * len(rows) > _KEPT:
+    if 4 * inputs * len(rows) > _KEPT:
         return rows
     # In pieces that the processor's cache holds.
-    return torch.cat([rows[slice(start, start + _PIECE)] for start in range(0, len(rows), _PIECE)])
+    return torch.cat([*batches_of(rows, (slice(start, start + _PIECE) for start in range(0, len(rows), _PIECE)))])

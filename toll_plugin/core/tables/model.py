@@ -14,6 +14,7 @@ from torch import nn
 from toll_plugin.core.checks import check_option
 from toll_plugin.core.networks import DenseAutoencoder
 from toll_plugin.core.objective import ScoreTerm, TollTerms, norm_per_sample, toll_score
+from toll_plugin.core.tables.distant import Table
 from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.rows import Preprocessing, scale_rows
 from toll_plugin.core.tables.scaling import Floats, TableScaling
@@ -193,7 +194,7 @@ class TableModel:
         return np.concatenate([latent[: rows.stop - rows.start] for rows, latent in chunks])
 
     def vectors(
-        self, member: int, kind: Literal["residual", "latent"], x: NDArray[Any], index: NDArray[np.int64]
+        self, member: int, kind: Literal["residual", "latent"], x: Table, index: NDArray[np.int64]
     ) -> Iterator[Floats]:
         """Residuals or latents of the rows at ``index`` before they are measured, in pieces ``(n, ...)``."""
         run = self._runners[member]
@@ -213,9 +214,7 @@ class TableModel:
         both.enter_context(silence)
         return both
 
-    def _chunks(
-        self, x: NDArray[Any], index: NDArray[np.int64] | None = None
-    ) -> Iterator[tuple[slice, Floats, Floats]]:
+    def _chunks(self, x: Table, index: NDArray[np.int64] | None = None) -> Iterator[tuple[slice, Floats, Floats]]:
         """Which rows, scaled rows, and what the networks see of them; zeros at the end fill the last block."""
         count = len(x) if index is None else len(index)
         size = max(BLOCK, min(512, (_CHUNK - 1) // self.inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from toll_plugin.core.devices import to_device
+from toll_plugin.core.rows import WithoutRows, batches_of
+from toll_plugin.core.tables.distant import Table
 from toll_plugin.core.tables.scaling import Floats, TableScaling
 
 __all__ = ["Preprocessing", "TableRows", "scale_rows"]
@@ -26,13 +29,15 @@ class TableRows:
     """Rows of an array that are scaled when they are fetched, so that no scaled copy is kept.
 
     Args:
-        x: Array of shape ``(N, n_features)``; a memory map is read batch by batch.
+        x: Of shape ``(N, n_features)``; a memory map is read batch by batch.
         index: Which rows, shape ``(n,)``.
         scaling: Applied in double precision; what comes out is single.
         device: Where the rows are put.
     """
 
-    def __init__(self, x: NDArray[Any], index: NDArray[np.int64], scaling: Preprocessing, device: torch.device) -> None:
+    def __init__(
+        self, x: Table, index: NDArray[np.int64] | WithoutRows, scaling: Preprocessing, device: torch.device
+    ) -> None:
         self._x, self._index, self._scaling, self._device = x, index, scaling, device
 
     def __len__(self) -> int:
@@ -41,8 +46,17 @@ class TableRows:
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         """The scaled rows at ``index``."""
-        rows = self._index[index if isinstance(index, slice) else index.numpy()]
-        scaled = scale_rows(self._scaling, self._x[rows])
+        return self._scaled(self._x[self._rows(index)])
+
+    def batches(self, batches: Iterable[slice | Tensor]) -> Iterator[Tensor]:
+        """The scaled rows at each of ``batches``, see :func:`toll_plugin.core.rows.batches_of`."""
+        return map(self._scaled, batches_of(self._x, map(self._rows, batches)))
+
+    def _rows(self, index: slice | Tensor) -> NDArray[np.int64]:
+        return self._index[index if isinstance(index, slice) else index.numpy()]
+
+    def _scaled(self, raw: NDArray[Any]) -> Tensor:
+        scaled = scale_rows(self._scaling, raw)
         with np.errstate(over="ignore"):
             single = scaled.astype(np.float32)
         if not np.isfinite(single).all():

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from toll_plugin.core.checks import check_option
+from toll_plugin.core.tables.distant import Table
 
 __all__ = ["Floats", "TablePreprocessing", "TableScaling"]
 
@@ -65,7 +66,7 @@ class TableScaling:
         self.centre: Floats
         self.scale: Floats
 
-    def fit(self, x: NDArray[Any], rows: NDArray[np.int64] | None = None) -> TableScaling:
+    def fit(self, x: Table, rows: NDArray[np.int64] | None = None) -> TableScaling:
         """Measure the columns.
 
         Args:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toll_plugin.core.devices import to_device
 from toll_plugin.core.networks import check_input
 from toll_plugin.core.objective import TollTerms
-from toll_plugin.core.rows import Rows
+from toll_plugin.core.rows import Rows, batches_of, random_order
 from toll_plugin.core.training.divergence import DivergenceGuard
 from toll_plugin.core.training.learners import Learner
 from toll_plugin.core.training.options import TrainingOptions
@@ -121,12 +121,13 @@ class Loop:
         sums = [[0.0] * self._learner.members for _ in range(2)]
         seen = 0
         waiting: list[tuple[int, Tensor]] = []
-        order = torch.randperm(len(self._x), generator=self._generator)
+        # One batch more than steps are left tells a last batch of one sample from the end of a longer order.
+        needed = (self._steps - step + 1) * self._options.batch_size
+        order = random_order(len(self._x), needed, self._generator)
         if isinstance(self._x, Tensor):
             order = order.to(self._x.device)  # once, for an index on another device is copied in each step
         batches = self._batches(order)[: self._steps - step]
-        for i, index in enumerate(batches, start=1):
-            targets = self._x[index]
+        for i, targets in enumerate(batches_of(self._x, batches), start=1):
             waiting.append((len(targets), self._learner.step(self._noisy(self._clipped(targets)), targets)))
             self._learner.update()
             advance()
@@ -172,10 +173,11 @@ class Loop:
 
     def _held_out(self, validation: Tensor | Rows) -> Tensor:
         """Mean held-out loss of each member."""
-        found = []
-        for start in range(0, len(validation), _EVALUATION_BATCH):
-            targets = validation[slice(start, start + _EVALUATION_BATCH)]
-            found.append(torch.stack([*self._learner.terms(self._clipped(targets), targets)]))
+        batches = (slice(i, i + _EVALUATION_BATCH) for i in range(0, len(validation), _EVALUATION_BATCH))
+        found = [
+            torch.stack([*self._learner.terms(self._clipped(targets), targets)])
+            for targets in batches_of(validation, batches)
+        ]
         sums = torch.zeros(2, self._learner.members, dtype=torch.float64)
         for part in found:  # fetched when the device has all to do, and wide here, since some devices have no double
             sums += part.cpu().double().sum(dim=2)
