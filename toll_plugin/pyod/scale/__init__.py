@@ -1,1 +1,1 @@
-"""Tables that do not fit in memory: Parquet, Dask and iterators; guides/large_tables.md says how to use them."""
+"""Tables that do not fit in memory: Parquet, Dask and iterators; README.md beside this file says how to use them."""
