@@ -83,7 +83,7 @@ SMALL = {
     f"{_BENCHMARKS}overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
     f"{_BENCHMARKS}imports": " --repeats 1",
     f"{_BENCHMARKS}speed": (
-        " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 30000 --defaults '[[60, 5]]' --warm_steps 5"
+        " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 0 --defaults '[[60, 5]]' --warm_steps 5"
     ),
     f"{_BENCHMARKS}growth": " --rows [300] --columns [6] --of_rows 50 --warm_steps 5 --figure growth.svg",
     f"{_BENCHMARKS}paper --dataset arrhythmia": " --seeds 1 --iterations 40 --jobs 1",
