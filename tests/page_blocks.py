@@ -88,7 +88,7 @@ SMALL = {
     f"{_BENCHMARKS}overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
     f"{_BENCHMARKS}imports": " --repeats 1 --uncounted 0",
     f"{_BENCHMARKS}speed": (
-        " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 30000 --defaults '[[60, 5]]' --warm_steps 5"
+        " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 0 --defaults '[[60, 5]]' --warm_steps 5"
     ),
     f"{_BENCHMARKS}growth": " --rows [300] --columns [6] --of_rows 50 --warm_steps 5 --figure growth.svg",
     f"{_BENCHMARKS}scale": " --rows [2000] --in_memory 1000 --file_rows 500 --figure scale.svg",

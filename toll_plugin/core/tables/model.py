@@ -207,7 +207,7 @@ class TableModel:
     def _computing(self, count: int) -> AbstractContextManager[object]:
         """Silence about what overflows, and one thread where more would change the last bits."""
         silence = np.errstate(over="ignore", invalid="ignore")
-        if count < MANY and self._largest <= _ONE_THREAD:
+        if count <= MANY - BLOCK and self._largest <= _ONE_THREAD:  # fewer than MANY with the rows that fill a block
             return silence
         both = ExitStack()
         both.enter_context(one_blas_thread() if self._folded else one_thread())
