@@ -82,7 +82,7 @@ SMALL = {
     f"{_BENCHMARKS}run classes": _small("{mnist: {parts: [3]}}", "{Toll: {max_steps: 2}}, KNN"),
     f"{_BENCHMARKS}overhead": " --max_epochs 2 --repeats 1 --sizes [8]",
     f"{_BENCHMARKS}imports": " --repeats 1",
-    f"{_BENCHMARKS}scale": " --rows [2000] --in_memory 1000 --file_rows 500 --figure scale.svg",
+    f"{_BENCHMARKS}scale": " --rows [2000] --in_memory 1000 --file_rows 500 --workers 1 --figure scale.svg",
     f"{_BENCHMARKS}speed": " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 30000",
     f"{_BENCHMARKS}paper --dataset arrhythmia": " --seeds 1 --iterations 40 --jobs 1",
     f"{_BENCHMARKS}paper": _PAPER,
