@@ -91,7 +91,7 @@ SMALL = {
         " --names [small] --rows 1100 --epochs 1 --repeats 1 --memory_rows 0 --defaults '[[60, 5]]' --warm_steps 5"
     ),
     f"{_BENCHMARKS}growth": " --rows [300] --columns [6] --of_rows 50 --warm_steps 5 --figure growth.svg",
-    f"{_BENCHMARKS}scale": " --rows [2000] --in_memory 1000 --file_rows 500 --figure scale.svg",
+    f"{_BENCHMARKS}scale": " --rows [2000] --in_memory 1000 --file_rows 500 --workers 1 --figure scale.svg",
     f"{_BENCHMARKS}paper --dataset arrhythmia": " --seeds 1 --iterations 40 --jobs 1",
     f"{_BENCHMARKS}paper": _PAPER,
     f"{_BENCHMARKS}stopping": " --sets [] --classes [1] --names [arrhythmia] --seeds 1 --iterations 30 --jobs 1",
