@@ -28,6 +28,7 @@ class DistantTable:
         memory: Bytes that rows which are fetched ahead may take together.
 
     Example:
+        >>> import numpy as np
         >>> x = np.arange(12.0).reshape(6, 2)
         >>> table = DistantTable(x.shape, lambda rows: x[rows], memory=32)
         >>> table[np.array([5, 0, 5])].tolist()
