@@ -79,7 +79,6 @@ SMALL = {
         "{mvtec: {root: MVTecAD, parts: [part], image_size: 64, joined: true}}", "{PatchToll: {max_steps: 20}}"
     )
     + " --pretrained false",
-    f"{_BENCHMARKS}run large": f"{_PATCHES} --pretrained false",
     f"{_BENCHMARKS}deployment": " --images 4 --coresets [] --image_size 64 --repeats 1 --memory false",
     f"{_BENCHMARKS}linear": " --steps 20 --seeds 1 --betas [0.3] --figure linear.png",
     f"{_BENCHMARKS}rays": " --size 40 --seeds 1 --max_steps 5 --figure rays.svg",
