@@ -118,8 +118,8 @@ class PatchToll(TollModuleMixin, AnomalibModule):
         confidence: Share of draws of the held-out images in which ``quantile`` is kept, in (0, 1).
             Default ``None``: it is kept on average over them.
         passes: Over the training images, more than 1 only for data with random augmentations, of
-            which each pass sees new ones; of few images, rotated copies help. Held-out copies count as images in the quantile, and promise
-            nothing. Default 1.
+            which each pass sees new ones; of few images, rotated copies help. Held-out copies count
+            as images in the quantile, and promise nothing. Default 1.
         cache_limit: Bytes of features in memory; more lie in a temporary file. Default 2e9.
         seed: Of the initial weights, the order of the positions and what is held out. Default:
             drawn from the global generator.
