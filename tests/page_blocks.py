@@ -74,7 +74,10 @@ SMALL = {
         "{mvtec: {root: MVTecAD, parts: [part], image_size: 32}}", "GANomaly, Toll, KNN"
     ),
     f"{_BENCHMARKS}run patch": f"{_PATCHES} --pretrained false",
-    f"{_BENCHMARKS}run few": f"{_PATCHES} --pretrained false",
+    f"{_BENCHMARKS}run few": _small(  # PaDiM needs two images
+        "{mvtec: {root: MVTecAD, parts: [part], image_size: 64}}", "{PatchToll: {max_steps: 20}}, PatchCore"
+    )
+    + " --pretrained false",
     f"{_BENCHMARKS}run joined": _small(
         "{mvtec: {root: MVTecAD, parts: [part], image_size: 64, joined: true}}", "{PatchToll: {max_steps: 20}}"
     )

@@ -191,7 +191,7 @@ def test_a_transformer_as_backbone(mvtec_root, tmp_path):
 
 
 def test_one_device_is_enough_whatever_the_trainer_says(mvtec_root, tmp_path):
-    runner = _fit(_model(), tmp_path, _data(mvtec_root), devices=2, strategy="ddp")
+    runner = _fit(_model(), tmp_path, _data(mvtec_root), devices=2)
     assert runner.trainer.num_devices == 1
     assert bool(runner.model.model.is_fitted)
 

@@ -34,7 +34,7 @@ def as_frame(x: Any) -> Any:
     """Arrow's tables and batches, and mappings of columns, as a DataFrame; anything else stays what it is."""
     if type(x).__module__.partition(".")[0] == "pyarrow":
         return x.to_pandas()
-    if isinstance(x, Mapping):
+    if isinstance(x, Mapping) and not hasattr(x, "tocsr"):  # one of SciPy's sparse forms is a dictionary as well
         import pandas as pd  # noqa: PLC0415  whoever has arrays need not load it
 
         return pd.DataFrame(dict(x))
