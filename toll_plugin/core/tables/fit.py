@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from toll_plugin.core.checks import check_finite_float, check_option
+from toll_plugin.core.checks import check_finite_float, check_option, check_share
 from toll_plugin.core.objective import SCORE_WEIGHT, ScoreScale, ScoreTerm, TollLoss, typical
 from toll_plugin.core.rows import FEW_ROWS, Rows, WithoutRows, batches_of, random_order
 from toll_plugin.core.tables.distant import Table
@@ -75,9 +75,7 @@ def hold_out(count: int, fraction: float, generator: torch.Generator) -> TableSp
         >>> len(split.training), len(split.validation)
         (8, 2)
     """
-    if check_finite_float("validation_fraction", fraction, minimum=0) >= 1:
-        msg = f"validation_fraction must be in [0, 1), got {fraction!r}"
-        raise ValueError(msg)
+    fraction = check_share("validation_fraction", fraction, below_one=True)
     held = max(0, min(math.ceil(fraction * count), count - 2))
     order = random_order(count, held + _MEASURED, generator).numpy()
     validation = np.sort(order[:held])
