@@ -126,7 +126,7 @@ def _compiled(path: Path, image: torch.Tensor) -> Callable[[], Any]:
 def _peak(name: str, backbone: str, image_size: int, bank: int | None) -> float:
     """MB that a new process takes, beyond its imports, to build a model and to score ten images one by one."""
     given = (name, backbone, image_size) if bank is None else (name, backbone, image_size, bank)
-    return in_new_process("benchmarks.costs.deployment", *given)[0]
+    return float(in_new_process("benchmarks.costs.deployment", *given))
 
 
 def _scoring(name: str, backbone: str, image_size: int, bank: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from benchmarks.run.store import RESULTS, finish, provenance, whole
 from benchmarks.run.tables import markdown
 from toll_plugin.core.checks import check_integer, check_option
 
-#: What is measured of a table, in this order.
+#: What is measured of a table.
 MEASURED = ("fit, s", "score, s", "memory, MB")
 
 #: Rows that are drawn and written at a time.
@@ -36,7 +37,7 @@ def write_table(path: Path, rows: int, columns: int) -> None:
     table.flush()
 
 
-def measure(path: Path, warm_steps: int) -> list[float]:
+def measure(path: Path, warm_steps: int) -> dict[str, float]:
     """:data:`MEASURED` of a table that is mapped; memory is what both take at most, its own pages aside."""
     import numpy as np
     import torch
@@ -54,7 +55,7 @@ def measure(path: Path, warm_steps: int) -> list[float]:
                 start = time.perf_counter()
                 work(x)
                 seconds.append(time.perf_counter() - start)
-    return [*seconds, *peak]
+    return dict(zip(MEASURED, (*seconds, *peak), strict=True))
 
 
 def _table(runs: Sequence[dict[str, Any]]) -> str:
@@ -133,7 +134,7 @@ def growth(
                 write_table(path, *shape)
                 found = in_new_process("benchmarks.costs.growth", path, warm_steps)
             of = {"rows": shape[0], "columns": shape[1], "data, MB": 4e-6 * shape[0] * shape[1]}
-            along[name].append(of | dict(zip(MEASURED, found, strict=True)))
+            along[name].append(of | found)
     plot(figure, along)
     runs = [run for found in along.values() for run in found]
     finish(output, {**record, "table": _table(runs), "runs": runs})
@@ -142,4 +143,4 @@ def growth(
 if __name__ == "__main__":
     with apart():
         measured = measure(Path(sys.argv[1]), int(sys.argv[2]))
-    print(*measured)
+    print(json.dumps(measured))

@@ -7,7 +7,6 @@ import json
 import logging
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from benchmarks.report.style import COLORS
+from benchmarks.run.measure import in_new_process
 from benchmarks.run.store import RESULTS, finish, provenance, whole
 from benchmarks.run.tables import markdown
 from toll_plugin.core.checks import check_integer, check_option
@@ -66,7 +66,8 @@ def scale(
         source.mkdir()
         for i in range(max(rows) // file_rows):
             _write(source / f"{i:05d}.parquet", i, file_rows, features)
-        found = [_apart(source, count // file_rows, in_memory, workers) for count in sorted(rows)]
+        files = [count // file_rows for count in sorted(rows)]
+        found = [in_new_process("benchmarks.costs.scale", source, few, in_memory, workers) for few in files]
     _plot(figure, found, workers)
     finish(output, {**record, "rows": found, "table": markdown([_line(one, workers) for one in found])})
 
@@ -91,14 +92,6 @@ def _write(path: Path, seed: int, count: int, features: int) -> None:
     columns = {f"c{i}": x[:, i] for i in range(features)}
     table = pa.table({"id": np.arange(seed * count, (seed + 1) * count), **columns})
     parquet.write_table(table, path, row_group_size=1 << 17)
-
-
-def _apart(*arguments: object) -> Found:
-    """What :func:`_measure` finds in a new process."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.costs.scale", *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603  this interpreter
-    found: Found = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def _measure(source: Path, files: int, in_memory: int, workers: int) -> Found:

@@ -144,7 +144,7 @@ def _defaults(sizes: Sequence[tuple[int, int]], repeats: int) -> list[Row]:
         seconds = median_seconds({"ours": partial(TollDetector().fit, x)}, repeats)["ours"]
         goal = {"goal": f"{_SECONDS[rows]} s"} if rows in _SECONDS else {}
         found.append({"what": f"default `fit`, {size}", "ours": f"{seconds:.3g} s", **goal})
-        (first,) = in_new_process("benchmarks.costs.speed", "first", rows, features)
+        first = in_new_process("benchmarks.costs.speed", "first", rows, features)
         found.append({"what": "the same, the first of a process", "ours": f"{first:.3g} s", **goal})
     return found
 
@@ -271,7 +271,7 @@ def _own_modules(rows: int, epochs: int, repeats: int) -> Row:
 
 
 def _memory(rows: int, warm_steps: int) -> Row:
-    (pyod,), (toll,) = (in_new_process("benchmarks.costs.speed", whom, rows, warm_steps) for whom in ("pyod", "toll"))
+    pyod, toll = (in_new_process("benchmarks.costs.speed", whom, rows, warm_steps) for whom in ("pyod", "toll"))
     return {
         "what": f"extra peak memory of `fit` and `decision_function`, {rows} x 100 float32",
         "beside": "PyOD AutoEncoder",

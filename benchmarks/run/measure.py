@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import subprocess
 import sys
@@ -58,11 +59,11 @@ def peak_memory(*, files: bool = True) -> Iterator[list[float]]:
         found[0] = max(found[0], (resident() - before) / 1e6)
 
 
-def in_new_process(module: str, *arguments: object) -> list[float]:
-    """The numbers in the last line that ``python -m module`` prints.
+def in_new_process(module: str, *arguments: object) -> Any:
+    """What the last line that ``python -m module`` prints says in JSON.
 
     Memory is measured there: this process would use again what it had freed.
     """
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  this interpreter
-    return [float(number) for number in done.stdout.splitlines()[-1].split()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603  this interpreter
+    return json.loads(done.stdout.splitlines()[-1])

@@ -55,8 +55,11 @@ class Work:
         with located(piece.place):
             if len(piece.rows) == 0:
                 return self._empty()
-            self.detector._table(piece.rows, piece.first)  # which names rows as they are numbered in their place
-            return self._call(piece.rows)
+            try:
+                return self._call(piece.rows)
+            except (TypeError, ValueError):
+                self.detector._table(piece.rows, piece.first)  # which names rows as they are numbered in their place
+                raise
 
     def _call(self, rows: Any) -> Any:
         return getattr(self.detector, self.method)(rows, **self.arguments)
