@@ -32,7 +32,7 @@ from toll_plugin.core import (
 from toll_plugin.core.tables import scoring
 from toll_plugin.core.tables.rows import TableRows
 from toll_plugin.core.tables.scaling import _quartiles
-from toll_plugin.core.tables.scoring import BLOCK, MANY, FoldedAutoencoder, ModuleAutoencoder, in_blocks
+from toll_plugin.core.tables.scoring import BLOCK, MANY, FoldedAutoencoder, ModuleAutoencoder, Rooms, in_blocks
 
 X = np.random.default_rng(0).normal(size=(50, 4))
 
@@ -123,6 +123,35 @@ def trained(**arguments) -> DenseAutoencoder:
                     values.normal_()
                 module.running_var.uniform_(0.5, 2)
     return network.eval()
+
+
+def test_a_room_is_used_again():
+    room = Rooms()
+    first = room("a", 3, 2)
+    first[:] = 1
+    assert first.shape == (3, 2)
+    assert room("a", 2, 2).base is first.base
+    assert not any(np.shares_memory(first, other) for other in (room("b", 3, 2), room("a", 3, 4), room("a", 5, 2)))
+
+
+@pytest.mark.parametrize("scaling", [TableScaling("none"), TableScaling()])
+@pytest.mark.parametrize("of_ones_own", [False, True])
+@pytest.mark.parametrize("columns", [4, 200])
+def test_rows_in_the_same_memory_have_the_scores_of_rows_in_their_own(scaling, of_ones_own, columns):
+    x = np.random.default_rng(1).normal(size=(1500, columns))
+    x[700] = 1e6
+    norm = MahalanobisNorm.of([x[:100]])  # of low rank where the columns are more than these rows
+    networks = [DenseAutoencoder(columns, (8,), 3) for _ in range(2)]
+    if of_ones_own:
+        networks = [Autoencoder(one.encoder, one.decoder, input_shape=(columns,)) for one in networks]
+    members = [TableMember(one, Measure(norm), Measure(unit=2.0)) for one in networks]
+    model = TableModel(scaling.fit(x), members, weight=0.5)
+    before = x.copy()
+    scores = model.score(x)
+    np.testing.assert_array_equal(x, before)
+    np.testing.assert_array_equal(scores, np.concatenate([model.score(x[i : i + 8]) for i in range(0, len(x), 8)]))
+    parts = model.parts(x)
+    np.testing.assert_allclose(parts.reconstruction + 0.5 * parts.latent, scores, rtol=1e-12)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"batch_norm": False}, {"dropout": 0.5}])

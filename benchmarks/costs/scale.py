@@ -114,7 +114,9 @@ def _measure(source: Path, files: int, in_memory: int, workers: int) -> Found:
         found["in memory, rows"] = len(frame)
         with _timed(found, "in memory"):
             scores = detector.decision_function(frame)
-        cluster = LocalCluster(workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL)
+        cluster = LocalCluster(
+            n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+        )
         with cluster, Client(cluster) as client:
             client.run(_import)  # which a worker does at its first task
             with _timed(found, "cluster"):

@@ -103,9 +103,12 @@ class MahalanobisNorm(NamedTuple):
         scale = 1 / (deviation * np.sqrt(_RIDGE))
         return cls(mean, scale, directions, 1 - np.sqrt(_RIDGE / (values + _RIDGE)), np.zeros((0, len(mean))))
 
-    def __call__(self, rows: Any, product: Callable[[Any, Any], Any] = operator.matmul) -> Any:
-        """Measured rows, of the shape ``(..., n)`` of ``rows``; NumPy arrays, or tensors if the attributes are."""
-        rows = rows - self.mean
+    def __call__(self, rows: Any, product: Callable[[Any, Any], Any] = operator.matmul, *, over: bool = False) -> Any:
+        """Measured rows, of the shape ``(..., n)`` of ``rows``; NumPy arrays, or tensors if the attributes are.
+
+        ``rows`` may be written ``over``.
+        """
+        rows = np.subtract(rows, self.mean, out=rows) if over else rows - self.mean
         if len(self.matrix):
             return product(rows, self.matrix)
         rows = rows * self.scale

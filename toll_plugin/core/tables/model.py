@@ -18,7 +18,17 @@ from toll_plugin.core.tables.distant import Table
 from toll_plugin.core.tables.metric import MahalanobisNorm
 from toll_plugin.core.tables.rows import Preprocessing, scale_rows
 from toll_plugin.core.tables.scaling import Floats, TableScaling
-from toll_plugin.core.tables.scoring import BLOCK, MANY, FoldedAutoencoder, ModuleAutoencoder, in_blocks, product
+from toll_plugin.core.tables.scoring import (
+    BLOCK,
+    MANY,
+    FoldedAutoencoder,
+    ModuleAutoencoder,
+    Room,
+    Rooms,
+    in_blocks,
+    no_room,
+    product,
+)
 from toll_plugin.core.threads import one_blas_thread, one_thread
 
 __all__ = ["Measure", "TableMember", "TableModel", "TableParts"]
@@ -39,16 +49,20 @@ class Measure(NamedTuple):
     norm: MahalanobisNorm | None = None
     unit: float = 1.0
 
-    def vectors(self, rows: Floats) -> Floats:
-        """``rows``, whose plain norm is the term."""
+    def vectors(self, rows: Floats, room: Room = no_room) -> Floats:
+        """``rows``, whose plain norm is the term; they are lost where there is ``room`` for the vectors."""
         if self.norm is None:
             return rows
-        measured: Floats = self.norm(in_blocks(rows), product)
+
+        def multiply(x: Floats, weight: Floats) -> Floats:
+            return product(x, weight, room("measured", len(x), weight.shape[1]))
+
+        measured: Floats = self.norm(in_blocks(rows), multiply, over=room is not no_room)
         return measured[: len(rows)]
 
-    def term(self, rows: Floats, exponent: int) -> Floats:
+    def term(self, rows: Floats, exponent: int, room: Room = no_room) -> Floats:
         """The term of each of ``rows``, shape ``(N,)``."""
-        return self.term_of(self.vectors(rows), exponent)
+        return self.term_of(self.vectors(rows, room), exponent)
 
     def term_of(self, vectors: Floats, exponent: int) -> Floats:
         """The term of rows that are measured."""
@@ -148,10 +162,10 @@ class TableModel:
 
     def score(self, x: NDArray[Any]) -> Floats:
         """Anomaly scores ``(N,)`` of raw rows ``(N, n_features)``; higher is more anomalous."""
-        scores = np.empty(len(x))
+        scores, room = np.empty(len(x)), Rooms() if len(x) > MANY else no_room
         with self._computing(len(x)):
-            for rows, scaled, inputs in self._chunks(x):
-                terms = self._terms(scaled, inputs)
+            for rows, scaled, inputs in self._chunks(x, room=room):
+                terms = self._terms(scaled, inputs, room)
                 scores[rows] = toll_score(terms, beta=self.weight, term=self.score_term)[: rows.stop - rows.start]
         if not math.isfinite(scores.sum()):
             # Rows of raw features that are so far away that double precision ends.
@@ -164,26 +178,26 @@ class TableModel:
         with self._computing(len(x)):
             for rows, scaled, inputs in self._chunks(x):
                 contributions: list[Floats] = []
-                terms = self._terms(scaled, inputs, contributions)
+                terms = self._terms(scaled, inputs, no_room, contributions)
                 parts = (*terms, np.mean(contributions, axis=0) if contributions else np.zeros_like(scaled))
                 n = rows.stop - rows.start
                 found.append(TableParts(*(np.nan_to_num(part[:n], nan=_LARGEST) for part in parts)))
         return TableParts(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
     def _terms(
-        self, scaled: Floats, inputs: Floats, contributions: list[Floats] | None = None
+        self, scaled: Floats, inputs: Floats, room: Room, contributions: list[Floats] | None = None
     ) -> TollTerms[NDArray[Any]]:
         """Both terms of scaled rows, means over the members that give them; each one's contributions are added."""
         errors, norms = [], []
         for member, run in zip(self.members, self._runners, strict=True):
-            reconstruction, latent = run(inputs, decode=member.residual is not None)
+            reconstruction, latent = run(inputs, decode=member.residual is not None, room=room)
             if member.residual is not None and reconstruction is not None:
-                residual = member.residual.vectors(scaled - reconstruction)
+                residual = member.residual.vectors(np.subtract(scaled, reconstruction, out=reconstruction), room)
                 errors.append(member.residual.term_of(residual, self.exponent))
                 if contributions is not None:
                     contributions.append(_shares(residual) * errors[-1][:, None])
             if member.latent is not None:
-                norms.append(member.latent.term(latent, self.exponent))
+                norms.append(member.latent.term(latent, self.exponent, room))
         return TollTerms(*(_mean(terms, len(scaled)) for terms in (errors, norms)))
 
     def latent(self, x: NDArray[Any]) -> Floats:
@@ -214,7 +228,9 @@ class TableModel:
         both.enter_context(silence)
         return both
 
-    def _chunks(self, x: Table, index: NDArray[np.int64] | None = None) -> Iterator[tuple[slice, Floats, Floats]]:
+    def _chunks(
+        self, x: Table, index: NDArray[np.int64] | None = None, room: Room = no_room
+    ) -> Iterator[tuple[slice, Floats, Floats]]:
         """Which rows, scaled rows, and what the networks see of them; zeros at the end fill the last block."""
         count = len(x) if index is None else len(index)
         size = max(BLOCK, min(512, (_CHUNK - 1) // self.inputs))
@@ -224,7 +240,7 @@ class TableModel:
             rows = slice(start, min(start + size, count))
             raw = x[rows] if index is None else x[index[rows]]
             if isinstance(self.scaling, TableScaling):
-                scaled, inputs = self.scaling.transform_and_clip(raw)
+                scaled, inputs = self.scaling.transform_and_clip(raw, room("scaled", len(raw), self.inputs))
             else:
                 # Always as many rows: what a transformer computes may depend on their number, as products do.
                 raw = np.concatenate([raw, np.repeat(raw[-1:], size - len(raw), axis=0)])

@@ -121,16 +121,21 @@ class TableScaling:
         """Scaled and compressed rows, a new array in double precision of the shape of ``X``."""
         return self.transform_and_clip(X)[0]
 
-    def transform_and_clip(self, X: NDArray[Any]) -> tuple[Floats, Floats]:  # noqa: N803
-        """Scaled and compressed rows, and what networks see of them, the same array where nothing is clipped."""
+    def transform_and_clip(self, X: NDArray[Any], scaled: Floats | None = None) -> tuple[Floats, Floats]:  # noqa: N803
+        """Scaled and compressed rows, and what networks see of them, the same array where nothing is clipped.
+
+        The former are written to ``scaled``.
+        """
         if self.kind == "none":
-            scaled: Floats = np.array(X, dtype=np.float64)
-            return scaled, scaled
+            same: Floats = np.array(X, dtype=np.float64)
+            return same, same
         with np.errstate(over="ignore"):
             # Both divided first: the difference of two huge numbers may be more than the largest one.
-            scaled = np.divide(X, self.scale, dtype=np.float64, order="C")
+            scaled = np.divide(X, self.scale, out=scaled, dtype=np.float64, order="C")
             scaled -= self.centre / self.scale
-        if np.maximum.reduce(np.abs(scaled), axis=None, initial=0) <= self.bound:
+        # Which takes no memory, as absolute values would; NaN is neither.
+        lowest, highest = (end.reduce(scaled, axis=None, initial=0) for end in (np.minimum, np.maximum))
+        if lowest >= -self.bound and highest <= self.bound:
             return scaled, scaled
         clipped = scaled.clip(-self.bound, self.bound)
         far = clipped != scaled

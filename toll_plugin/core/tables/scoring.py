@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,48 @@ from torch import nn
 from toll_plugin.core.networks import DenseAutoencoder, blocks
 from toll_plugin.core.tables.scaling import Floats
 
-__all__ = ["BLOCK", "MANY", "FoldedAutoencoder", "ModuleAutoencoder", "in_blocks", "in_order", "product"]
+__all__ = [
+    "BLOCK",
+    "MANY",
+    "FoldedAutoencoder",
+    "ModuleAutoencoder",
+    "Room",
+    "Rooms",
+    "in_blocks",
+    "in_order",
+    "no_room",
+    "product",
+]
 
 BLOCK = 8
 #: Rows of a larger block, a multiple of :data:`BLOCK`. A caller that has so many sees to it that BLAS has one thread.
 MANY = 64
+
+#: From the name of an array, its rows and its columns to where it may be written; nowhere: a new one.
+Room = Callable[[str, int, int], Floats | None]
+
+
+def no_room(name: str, rows: int, columns: int) -> None:
+    """A :data:`Room` for what is kept."""
+    del name, rows, columns
+
+
+class Rooms:
+    """A :data:`Room` for what is read before the next rows come: the same memory again and again.
+
+    A process that gives back to the system at once what it frees, as Dask's workers do, would get new pages
+    for every piece of rows, which takes as long as the scores.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int], Floats] = {}
+
+    def __call__(self, name: str, rows: int, columns: int) -> Floats:
+        """What was written there is lost."""
+        held = self._held.get((name, columns))
+        if held is None or len(held) < rows:
+            held = self._held[name, columns] = np.empty((rows, columns))
+        return held[:rows]
 
 
 def in_blocks(x: Floats) -> Floats:
@@ -40,16 +78,16 @@ def in_blocks(x: Floats) -> Floats:
     return whole
 
 
-def product(x: Floats, weight: Floats) -> Floats:
-    """``x @ weight`` of N rows, a multiple of :data:`BLOCK` on which the bits of none depend."""
+def product(x: Floats, weight: Floats, found: Floats | None = None) -> Floats:
+    """``x @ weight`` of N rows, a multiple of :data:`BLOCK` on which the bits of none depend; written to ``found``."""
     if len(x) == BLOCK:
-        one: Floats = np.matmul(x, weight)
+        one: Floats = np.matmul(x, weight, out=found)
         return one
     inputs, outputs = weight.shape
     many = len(x) // MANY * MANY
     if many and not in_order(inputs, outputs, weight.flags.c_contiguous):
         many = 0
-    found = np.empty((len(x), outputs))
+    found = np.empty((len(x), outputs)) if found is None else found
     for rows, block in ((slice(many), MANY), (slice(many, len(x)), BLOCK)):
         blocks = (rows.stop - (rows.start or 0)) // block
         out = found[rows].reshape(blocks, block, outputs)
@@ -95,18 +133,18 @@ class FoldedAutoencoder:
         self._encoder, self._decoder = _fold(network.encoder), _fold(network.decoder)
         self.largest = max(weight.size for weight, *_ in (*self._encoder, *self._decoder))
 
-    def __call__(self, x: Floats, *, decode: bool = True) -> tuple[Floats | None, Floats]:
+    def __call__(self, x: Floats, *, decode: bool = True, room: Room = no_room) -> tuple[Floats | None, Floats]:
         """Return reconstructions, unless they are not to be decoded, and latents."""
-        latent = _run(self._encoder, x)
-        return _run(self._decoder, latent) if decode else None, latent
+        latent = _run(self._encoder, x, "encoder", room)
+        return _run(self._decoder, latent, "decoder", room) if decode else None, latent
 
 
 _Stack = list[tuple[Floats, Floats, bool]]
 
 
-def _run(stack: _Stack, x: Floats) -> Floats:
-    for weight, bias, rectify in stack:
-        x = product(x, weight)
+def _run(stack: _Stack, x: Floats, name: str, room: Room) -> Floats:
+    for i, (weight, bias, rectify) in enumerate(stack):
+        x = product(x, weight, room(f"{name} {i % 2}", len(x), weight.shape[1]))
         x += bias
         if rectify:
             np.maximum(x, 0, out=x)
@@ -148,9 +186,9 @@ class ModuleAutoencoder:
         # Evaluation mode once and for all: threads that score at once share it.
         self._network, self._block = copy.deepcopy(network).cpu().double().eval(), block
 
-    def __call__(self, x: Floats, *, decode: bool = True) -> tuple[Floats | None, Floats]:
+    def __call__(self, x: Floats, *, decode: bool = True, room: Room = no_room) -> tuple[Floats | None, Floats]:
         """Return reconstructions and latents; what they are not to be ``decode``d for costs nothing to give."""
-        del decode
+        del decode, room
         parts = []
         with torch.no_grad():
             for start in range(0, len(x), self._block):
