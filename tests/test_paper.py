@@ -607,7 +607,7 @@ def test_dask_workers_give_what_this_process_gives(tmp_path, monkeypatch):
 
     write_mnist(tmp_path)
     arguments = {"dataset": "mnist", "root": tmp_path, "classes": "2", "seeds": 2, "output": tmp_path / "out.json"}
-    arguments |= {"iterations": 2, "batch_size": 3, "validate_every": 1, "validation_size": 40}
+    arguments |= {"iterations": 2, "batch_size": 3, "validate_every": 1, "validation_size": 40, "width": 0.05}
     monkeypatch.setattr("benchmarks.studies.paper.find_spec", lambda _: None)
     monkeypatch.setattr("benchmarks.studies.training.threads_each", lambda _: 1)  # as on a worker: sums depend on it
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
