@@ -49,6 +49,14 @@ def before_torch():
 
 
 @pytest.fixture(scope="module")
+def after_torch():
+    """Processes in which torch has called the entry point and nothing of anomalib is imported yet."""
+    with nursery(f"{OTHERS}, torch, torchvision, lightning.pytorch") as found:
+        assert found.printed("import sys; print([m for m in sys.modules if m.startswith('anomalib')])") == "[]"
+        yield found
+
+
+@pytest.fixture(scope="module")
 def switched_off():
     """Processes in which anomalib's models are imported and torch calls no entry point."""
     with nursery("import anomalib.models", TORCH_DEVICE_BACKEND_AUTOLOAD="0") as found:
@@ -80,12 +88,12 @@ def test_image_sets_are_read_without_a_host():
     assert printed(code, PYTHONPATH=str(Path(__file__).parents[1])) == "[]"
 
 
-def test_the_anomalib_adapter_loads_no_pyod(before_torch):
+def test_the_anomalib_adapter_loads_no_pyod(after_torch):
     code = """
         import sys, toll_plugin.anomalib
         print([m for m in ("pyod", "toll_plugin.pyod") if m in sys.modules])
     """
-    assert before_torch.printed(code) == "[]"
+    assert after_torch.printed(code) == "[]"
 
 
 def test_the_pyod_adapter_loads_no_anomalib():
@@ -125,16 +133,25 @@ def test_the_core_works_where_no_host_is_installed():
     "first",
     [
         "import anomalib.models",
-        "import torch, anomalib.models",
         "import anomalib.data, anomalib.models",
         "import anomalib.models.components.base",
         "import anomalib.cli",
         "import toll_plugin.anomalib",
         "import importlib.util; importlib.util.find_spec('anomalib.models'); import anomalib.models",
-        "import torch, importlib.util; importlib.util.find_spec('anomalib.models.image'); import anomalib.models",
     ],
 )
 def test_registered_whatever_is_imported_first(first, before_torch):
+    _registered(first, before_torch)
+
+
+@pytest.mark.parametrize(
+    "first", ["import anomalib.models", "import importlib.util; importlib.util.find_spec('anomalib.models.image')"]
+)
+def test_registered_if_torch_is_imported_first(first, after_torch):
+    _registered(first, after_torch)
+
+
+def _registered(first, processes):
     code = f"""
         import warnings
         warnings.simplefilter("error", RuntimeWarning)
@@ -146,7 +163,7 @@ def test_registered_whatever_is_imported_first(first, before_torch):
         print(type(model).__name__, "toll" in list_models(), anomalib.data.DigitsOneVsRest.__name__, left)
         print(type(anomalib.models.image.__spec__.loader).__name__)
     """
-    assert before_torch.printed(code).splitlines() == ["Toll True DigitsOneVsRest []", "SourceFileLoader"]
+    assert processes.printed(code).splitlines() == ["Toll True DigitsOneVsRest []", "SourceFileLoader"]
 
 
 def test_switched_off_by_torchs_own_variable(switched_off):
@@ -170,7 +187,7 @@ def test_the_dotted_path_works_where_it_is_switched_off(switched_off, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["raise ImportError('no')", "raise SystemError('worse')"])
-def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken, before_torch):
+def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken, after_torch):
     code = f"""
         import sys, warnings
         from importlib.abc import Loader, MetaPathFinder
@@ -191,10 +208,10 @@ def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken, before_torch)
         print([w.category.__name__ for w in caught if "toll_plugin" in str(w.message)])
         print(anomalib.models.Padim.__name__)
     """
-    assert before_torch.printed(code).splitlines() == ["['RuntimeWarning']", "Padim"]
+    assert after_torch.printed(code).splitlines() == ["['RuntimeWarning']", "Padim"]
 
 
-def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors(before_torch):
+def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors(after_torch):
     code = """
         import sys
         sys.modules["toll_plugin.core"] = None
@@ -203,7 +220,7 @@ def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors(before_torch
         import anomalib.models
         print(anomalib.models.Padim.__name__)
     """
-    result = before_torch.run(code)
+    result = after_torch.run(code)
     assert result.stdout.strip() == "Padim"
     assert "toll_plugin could not register" in result.stderr
 
@@ -216,7 +233,7 @@ def test_importing_torch_alone_imports_no_adapter():
     assert printed(code) == "['toll_plugin', 'toll_plugin._autoload']"
 
 
-def test_arming_twice_or_late_is_harmless(before_torch):
+def test_arming_twice_or_late_is_harmless(after_torch):
     code = """
         import sys, torch
         from toll_plugin._autoload import arm
@@ -226,7 +243,7 @@ def test_arming_twice_or_late_is_harmless(before_torch):
         arm()
         print(len([f for f in sys.meta_path if "toll_plugin" in type(f).__module__]), hasattr(anomalib.models, "Toll"))
     """
-    assert before_torch.printed(code).splitlines() == ["1", "0 True"]
+    assert after_torch.printed(code).splitlines() == ["1", "0 True"]
 
 
 def test_late_arming_registers_what_is_already_imported(switched_off):
