@@ -23,10 +23,8 @@ from toll_plugin.core.tables.scoring import (
     MANY,
     FoldedAutoencoder,
     ModuleAutoencoder,
-    Room,
     Rooms,
     in_blocks,
-    no_room,
     product,
 )
 from toll_plugin.core.threads import one_blas_thread, one_thread
@@ -49,18 +47,21 @@ class Measure(NamedTuple):
     norm: MahalanobisNorm | None = None
     unit: float = 1.0
 
-    def vectors(self, rows: Floats, room: Room = no_room) -> Floats:
+    def vectors(self, rows: Floats, room: Rooms | None = None) -> Floats:
         """``rows``, whose plain norm is the term; they are lost where there is ``room`` for the vectors."""
         if self.norm is None:
             return rows
+        if room is None:  # which is the way of a single row, and in a hurry
+            measured: Floats = self.norm(in_blocks(rows), product)
+            return measured[: len(rows)]
 
         def multiply(x: Floats, weight: Floats) -> Floats:
             return product(x, weight, room("measured", len(x), weight.shape[1]))
 
-        measured: Floats = self.norm(in_blocks(rows), multiply, over=room is not no_room)
+        measured = self.norm(in_blocks(rows), multiply, over=True)
         return measured[: len(rows)]
 
-    def term(self, rows: Floats, exponent: int, room: Room = no_room) -> Floats:
+    def term(self, rows: Floats, exponent: int, room: Rooms | None = None) -> Floats:
         """The term of each of ``rows``, shape ``(N,)``."""
         return self.term_of(self.vectors(rows, room), exponent)
 
@@ -162,7 +163,7 @@ class TableModel:
 
     def score(self, x: NDArray[Any]) -> Floats:
         """Anomaly scores ``(N,)`` of raw rows ``(N, n_features)``; higher is more anomalous."""
-        scores, room = np.empty(len(x)), Rooms() if len(x) > MANY else no_room
+        scores, room = np.empty(len(x)), Rooms() if len(x) > MANY else None
         with self._computing(len(x)):
             for rows, scaled, inputs in self._chunks(x, room=room):
                 terms = self._terms(scaled, inputs, room)
@@ -178,14 +179,14 @@ class TableModel:
         with self._computing(len(x)):
             for rows, scaled, inputs in self._chunks(x):
                 contributions: list[Floats] = []
-                terms = self._terms(scaled, inputs, no_room, contributions)
+                terms = self._terms(scaled, inputs, None, contributions)
                 parts = (*terms, np.mean(contributions, axis=0) if contributions else np.zeros_like(scaled))
                 n = rows.stop - rows.start
                 found.append(TableParts(*(np.nan_to_num(part[:n], nan=_LARGEST) for part in parts)))
         return TableParts(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
     def _terms(
-        self, scaled: Floats, inputs: Floats, room: Room, contributions: list[Floats] | None = None
+        self, scaled: Floats, inputs: Floats, room: Rooms | None, contributions: list[Floats] | None = None
     ) -> TollTerms[NDArray[Any]]:
         """Both terms of scaled rows, means over the members that give them; each one's contributions are added."""
         errors, norms = [], []
@@ -229,7 +230,7 @@ class TableModel:
         return both
 
     def _chunks(
-        self, x: Table, index: NDArray[np.int64] | None = None, room: Room = no_room
+        self, x: Table, index: NDArray[np.int64] | None = None, room: Rooms | None = None
     ) -> Iterator[tuple[slice, Floats, Floats]]:
         """Which rows, scaled rows, and what the networks see of them; zeros at the end fill the last block."""
         count = len(x) if index is None else len(index)
@@ -240,7 +241,8 @@ class TableModel:
             rows = slice(start, min(start + size, count))
             raw = x[rows] if index is None else x[index[rows]]
             if isinstance(self.scaling, TableScaling):
-                scaled, inputs = self.scaling.transform_and_clip(raw, room("scaled", len(raw), self.inputs))
+                place = None if room is None else room("scaled", len(raw), self.inputs)
+                scaled, inputs = self.scaling.transform_and_clip(raw, place)
             else:
                 # Always as many rows: what a transformer computes may depend on their number, as products do.
                 raw = np.concatenate([raw, np.repeat(raw[-1:], size - len(raw), axis=0)])

@@ -134,8 +134,8 @@ class TableScaling:
             scaled = np.divide(X, self.scale, out=scaled, dtype=np.float64, order="C")
             scaled -= self.centre / self.scale
         # Which takes no memory, as absolute values would; NaN is neither.
-        lowest, highest = (end.reduce(scaled, axis=None, initial=0) for end in (np.minimum, np.maximum))
-        if lowest >= -self.bound and highest <= self.bound:
+        lowest = np.minimum.reduce(scaled, axis=None, initial=0)
+        if lowest >= -self.bound and np.maximum.reduce(scaled, axis=None, initial=0) <= self.bound:
             return scaled, scaled
         clipped = scaled.clip(-self.bound, self.bound)
         far = clipped != scaled

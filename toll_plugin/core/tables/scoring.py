@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,9 @@ __all__ = [
     "MANY",
     "FoldedAutoencoder",
     "ModuleAutoencoder",
-    "Room",
     "Rooms",
     "in_blocks",
     "in_order",
-    "no_room",
     "product",
 ]
 
@@ -41,17 +38,9 @@ BLOCK = 8
 #: Rows of a larger block, a multiple of :data:`BLOCK`. A caller that has so many sees to it that BLAS has one thread.
 MANY = 64
 
-#: From the name of an array, its rows and its columns to where it may be written; nowhere: a new one.
-Room = Callable[[str, int, int], Floats | None]
-
-
-def no_room(name: str, rows: int, columns: int) -> None:
-    """A :data:`Room` for what is kept."""
-    del name, rows, columns
-
 
 class Rooms:
-    """A :data:`Room` for what is read before the next rows come: the same memory again and again.
+    """Memory for what is read before the next rows come, the same again and again.
 
     A process that gives back to the system at once what it frees, as Dask's workers do, would get new pages
     for every piece of rows, which takes as long as the scores.
@@ -61,7 +50,7 @@ class Rooms:
         self._held: dict[tuple[str, int], Floats] = {}
 
     def __call__(self, name: str, rows: int, columns: int) -> Floats:
-        """What was written there is lost."""
+        """An array of this name, rows and columns; what was written there is lost."""
         held = self._held.get((name, columns))
         if held is None or len(held) < rows:
             held = self._held[name, columns] = np.empty((rows, columns))
@@ -81,7 +70,7 @@ def in_blocks(x: Floats) -> Floats:
 def product(x: Floats, weight: Floats, found: Floats | None = None) -> Floats:
     """``x @ weight`` of N rows, a multiple of :data:`BLOCK` on which the bits of none depend; written to ``found``."""
     if len(x) == BLOCK:
-        one: Floats = np.matmul(x, weight, out=found)
+        one: Floats = np.matmul(x, weight) if found is None else np.matmul(x, weight, out=found)
         return one
     inputs, outputs = weight.shape
     many = len(x) // MANY * MANY
@@ -130,28 +119,29 @@ class FoldedAutoencoder:
     """
 
     def __init__(self, network: DenseAutoencoder) -> None:
-        self._encoder, self._decoder = _fold(network.encoder), _fold(network.decoder)
-        self.largest = max(weight.size for weight, *_ in (*self._encoder, *self._decoder))
+        self._encoder, self._decoder = _fold(network.encoder, "encoder"), _fold(network.decoder, "decoder")
+        self.largest = max(weight.size for _, weight, *_ in (*self._encoder, *self._decoder))
 
-    def __call__(self, x: Floats, *, decode: bool = True, room: Room = no_room) -> tuple[Floats | None, Floats]:
+    def __call__(self, x: Floats, *, decode: bool = True, room: Rooms | None = None) -> tuple[Floats | None, Floats]:
         """Return reconstructions, unless they are not to be decoded, and latents."""
-        latent = _run(self._encoder, x, "encoder", room)
-        return _run(self._decoder, latent, "decoder", room) if decode else None, latent
+        latent = _run(self._encoder, x, room)
+        return _run(self._decoder, latent, room) if decode else None, latent
 
 
-_Stack = list[tuple[Floats, Floats, bool]]
+#: Of each layer the name of its room, which is not that of the layer before, weights, bias, and whether it rectifies.
+_Stack = list[tuple[str, Floats, Floats, bool]]
 
 
-def _run(stack: _Stack, x: Floats, name: str, room: Room) -> Floats:
-    for i, (weight, bias, rectify) in enumerate(stack):
-        x = product(x, weight, room(f"{name} {i % 2}", len(x), weight.shape[1]))
+def _run(stack: _Stack, x: Floats, room: Rooms | None) -> Floats:
+    for name, weight, bias, rectify in stack:
+        x = product(x, weight, None if room is None else room(name, len(x), weight.shape[1]))
         x += bias
         if rectify:
             np.maximum(x, 0, out=x)
     return x
 
 
-def _fold(stack: nn.Module) -> _Stack:
+def _fold(stack: nn.Module, name: str) -> _Stack:
     folded: _Stack = []
     for linear, *rest in blocks(stack):
         weight, bias = _numpy(linear.weight), _numpy(linear.bias)
@@ -160,7 +150,7 @@ def _fold(stack: nn.Module) -> _Stack:
                 gain = _numpy(module.weight) / np.sqrt(_numpy(module.running_var) + module.eps)
                 weight = weight * gain[:, None]
                 bias = (bias - _numpy(module.running_mean)) * gain + _numpy(module.bias)
-        folded.append((np.ascontiguousarray(weight.T), bias, bool(rest)))
+        folded.append((f"{name} {len(folded) % 2}", np.ascontiguousarray(weight.T), bias, bool(rest)))
     return folded
 
 
@@ -186,7 +176,7 @@ class ModuleAutoencoder:
         # Evaluation mode once and for all: threads that score at once share it.
         self._network, self._block = copy.deepcopy(network).cpu().double().eval(), block
 
-    def __call__(self, x: Floats, *, decode: bool = True, room: Room = no_room) -> tuple[Floats | None, Floats]:
+    def __call__(self, x: Floats, *, decode: bool = True, room: Rooms | None = None) -> tuple[Floats | None, Floats]:
         """Return reconstructions and latents; what they are not to be ``decode``d for costs nothing to give."""
         del decode, room
         parts = []
