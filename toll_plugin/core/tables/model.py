@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -51,14 +52,8 @@ class Measure(NamedTuple):
         """``rows``, whose plain norm is the term; they are lost where there is ``room`` for the vectors."""
         if self.norm is None:
             return rows
-        if room is None:  # which is the way of a single row, and in a hurry
-            measured: Floats = self.norm(in_blocks(rows), product)
-            return measured[: len(rows)]
-
-        def multiply(x: Floats, weight: Floats) -> Floats:
-            return product(x, weight, room("measured", len(x), weight.shape[1]))
-
-        measured = self.norm(in_blocks(rows), multiply, over=True)
+        multiply = product if room is None else partial(room.product, "measured")
+        measured: Floats = self.norm(in_blocks(rows), multiply, over=room is not None)
         return measured[: len(rows)]
 
     def term(self, rows: Floats, exponent: int, room: Rooms | None = None) -> Floats:

@@ -127,8 +127,8 @@ class TableScaling:
         The former are written to ``scaled``.
         """
         if self.kind == "none":
-            same: Floats = np.array(X, dtype=np.float64)
-            return same, same
+            scaled = np.positive(X, out=scaled, dtype=np.float64, order="C")
+            return scaled, scaled
         with np.errstate(over="ignore"):
             # Both divided first: the difference of two huge numbers may be more than the largest one.
             scaled = np.divide(X, self.scale, out=scaled, dtype=np.float64, order="C")

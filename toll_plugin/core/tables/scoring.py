@@ -56,6 +56,10 @@ class Rooms:
             held = self._held[name, columns] = np.empty((rows, columns))
         return held[:rows]
 
+    def product(self, name: str, x: Floats, weight: Floats) -> Floats:
+        """:func:`product`, written to the array of this name."""
+        return product(x, weight, self(name, len(x), weight.shape[1]))
+
 
 def in_blocks(x: Floats) -> Floats:
     """``x``, shape ``(N, n_features)``, with rows of zeros added up to a multiple of :data:`BLOCK`."""
@@ -134,7 +138,7 @@ _Stack = list[tuple[str, Floats, Floats, bool]]
 
 def _run(stack: _Stack, x: Floats, room: Rooms | None) -> Floats:
     for name, weight, bias, rectify in stack:
-        x = product(x, weight, None if room is None else room(name, len(x), weight.shape[1]))
+        x = product(x, weight) if room is None else room.product(name, x, weight)
         x += bias
         if rectify:
             np.maximum(x, 0, out=x)
