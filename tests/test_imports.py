@@ -211,7 +211,7 @@ def test_a_failing_adapter_is_a_warning_and_breaks_nothing(broken, after_torch):
     assert after_torch.printed(code).splitlines() == ["['RuntimeWarning']", "Padim"]
 
 
-def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors(after_torch):
+def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors(before_torch):
     code = """
         import sys
         sys.modules["toll_plugin.core"] = None
@@ -220,7 +220,7 @@ def test_a_failing_adapter_breaks_nothing_where_warnings_are_errors(after_torch)
         import anomalib.models
         print(anomalib.models.Padim.__name__)
     """
-    result = after_torch.run(code)
+    result = before_torch.run(code)
     assert result.stdout.strip() == "Padim"
     assert "toll_plugin could not register" in result.stderr
 
